@@ -1,0 +1,190 @@
+"""Dataclasses from a YAML file plus ``--dotted.key value`` overrides.
+
+Leaf machinery: it knows no other room. Each room declares its own dataclasses with ``option`` and
+``training/run_config.py`` composes them. Types and ranges are checked by pydantic; this module adds
+the location of a mistake, the nearest known key, overrides and ``--help``.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from megamtp.errors import UserError
+
+T = TypeVar("T")
+
+REQUIRED = dataclasses.MISSING
+
+
+def config_dataclass(cls: type[T]) -> type[T]:
+    """A frozen keyword-only dataclass whose fields pydantic checks, refusing unknown ones."""
+    cls.__pydantic_config__ = ConfigDict(extra="forbid")
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def option(default: Any, help: str) -> Any:
+    """A config field with a line of help. ``REQUIRED`` has no default; a class is a nested config."""
+    if default is REQUIRED:
+        return dataclasses.field(metadata={"help": help})
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Build ``cls`` from nested plain values.
+
+    Raises ``UserError`` naming ``where``, the dotted key and, for an unknown key, the nearest known one.
+    """
+    _refuse_unknown_keys(cls, values, where)
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "missing":
+            raise UserError(f"{where}: {key} is missing; give it in the file or as --{key} VALUE") from None
+        given = f" (got {first['input']!r})" if key and not isinstance(first["input"], dict) else ""
+        raise UserError(f"{where}: {key + ': ' if key else ''}{message}{given}") from None
+
+
+def load(cls: type[T], path: str | Path, overrides: list[str]) -> T:
+    """Read ``path`` (YAML) and lay ``["--model.dim", "256", "--seed=1", ...]`` over it.
+
+    Raises ``UserError`` for an unreadable file, broken YAML, an unknown key or a wrong value.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
+    _refuse_unknown_keys(cls, values, str(path))
+    where = str(path)
+    for key, text in parse_overrides(overrides):
+        where = f"{path} with overrides"
+        _refuse_unknown_keys(cls, _nested(key, None), "command line")
+        _set(values, key, _parse_value(key, text))
+    return from_dict(cls, values, where)
+
+
+def parse_overrides(arguments: list[str]) -> list[tuple[str, str]]:
+    """``["--a.b", "1", "--c=2"]`` -> ``[("a.b", "1"), ("c", "2")]``; ``UserError`` for anything else."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            raise UserError(f"command line: unexpected {argument!r}; overrides are written --section.key VALUE")
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"command line: --{key} needs a value")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values, fit for YAML and JSON."""
+    return dataclasses.asdict(config)
+
+
+def dump(config: Any) -> str:
+    """YAML that ``load`` reads back to an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def describe(cls: type) -> str:
+    """One line a key: ``--dotted.key TYPE  help (default)``; the body of a command's ``--help``."""
+    rows = [
+        (f"--{key} {_type_name(hint)}", f"{field.metadata.get('help', '')} ({_default_text(field)})")
+        for key, field, hint in leaves(cls)
+    ]
+    width = max(len(left) for left, _ in rows)
+    return "\n".join(f"  {left:<{width}}  {right}" for left, right in rows)
+
+
+def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Every settable key of a config class as (dotted key, field, type)."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        nested = _nested_class(hints[field.name])
+        if nested is None:
+            yield prefix + field.name, field, hints[field.name]
+        else:
+            yield from leaves(nested, f"{prefix}{field.name}.")
+
+
+def _nested_class(hint: Any) -> type | None:
+    for candidate in (hint, *typing.get_args(hint)):
+        if dataclasses.is_dataclass(candidate):
+            return candidate
+    return None
+
+
+def _refuse_unknown_keys(cls: type, values: dict[str, Any], where: str, prefix: str = "") -> None:
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        dotted = f"{prefix}{key}"
+        if key not in hints:
+            # A key that is right but stands in the wrong section is the likeliest slip after a typo.
+            everywhere = [known for known, _, _ in leaves(cls, prefix)]
+            near = [known for known in everywhere if known.rsplit(".", 1)[-1] == key]
+            near = near or difflib.get_close_matches(str(key), list(hints), n=1)
+            near = near or difflib.get_close_matches(dotted, everywhere, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0] if near[0].startswith(prefix) else prefix + near[0]}?" if near else ""
+            raise UserError(f"{where}: unknown key {dotted}{hint}")
+        nested = _nested_class(hints[key])
+        if nested is not None and isinstance(value, dict):
+            _refuse_unknown_keys(nested, value, where, f"{dotted}.")
+
+
+def _nested(dotted: str, value: Any) -> dict[str, Any]:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    values[last] = value
+
+
+def _parse_value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"command line: --{key}: cannot read the value {text!r}") from None
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "|".join(str(value) for value in typing.get_args(hint))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return "|".join(_type_name(part) for part in typing.get_args(hint) if part is not type(None))
+    return getattr(hint, "__name__", str(hint)).upper() if not typing.get_args(hint) else str(hint)
+
+
+def _default_text(field: dataclasses.Field) -> str:
+    if field.default is not REQUIRED:
+        return f"default {'none' if field.default is None else field.default}"
+    if field.default_factory is not REQUIRED:
+        return f"default {field.default_factory()}"
+    return "required"

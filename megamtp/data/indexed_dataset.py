@@ -1,0 +1,276 @@
+"""Megatron's ``.bin/.idx`` pair (MMIDIDX, version 1): written here, readable by Megatron, and the reverse.
+
+``PREFIX.bin`` holds the tokens, one sequence after another. ``PREFIX.idx``, little-endian, holds
+
+    9 bytes   magic  "MMIDIDX\\0\\0"
+    uint64    version = 1
+    uint8     dtype code of the tokens
+    uint64    S, the number of sequences
+    uint64    D, the number of document indices = documents + 1
+    int32[S]  length of each sequence, in tokens
+    int64[S]  where each sequence starts in the .bin, in bytes
+    int64[D]  document d is sequences [indices[d], indices[d + 1])
+
+Format: Megatron-LM, ``megatron/core/datasets/indexed_dataset.py``.
+"""
+
+import bisect
+import functools
+import os
+import struct
+from array import array
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from megamtp.errors import UserError
+from megamtp.files import discard, open_temporary, publish, remove
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")  # "<": no padding between the fields
+DTYPE_CODES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+SCAN_ITEMS = 1 << 22  # items per chunk of a scan: memory stays bounded whatever the size of the data
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Megatron's choice of dtype for token ids below ``vocab_size``."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def bin_path(prefix: Path | str) -> Path:
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: Path | str) -> Path:
+    return Path(f"{prefix}.idx")
+
+
+class IndexedDatasetWriter:
+    """Write a pair, one sequence per document. A context manager: it finalizes on success, cleans up otherwise.
+
+        with IndexedDatasetWriter("corpus", token_dtype(vocab_size)) as writer:
+            writer.add_document([5, 7, 2])
+
+    Memory: 4 bytes per document while writing. The pair replaces an older one of the same prefix, at the end.
+    """
+
+    def __init__(self, prefix: Path | str, dtype: npt.DTypeLike):
+        self.prefix = Path(prefix)
+        self.dtype = np.dtype(dtype)
+        codes = {np.dtype(name): code for code, name in DTYPE_CODES.items() if np.dtype(name).kind in "iu"}
+        if self.dtype not in codes:
+            raise UserError(f"{prefix}: tokens cannot be stored as {self.dtype}; use {', '.join(map(str, codes))}")
+        self.n_tokens = 0
+        self._code = codes[self.dtype]
+        self._range = np.iinfo(self.dtype)
+        self._lengths = array("i")
+        self._bin = open_temporary(bin_path(prefix))
+
+    def add_document(self, tokens: npt.ArrayLike) -> None:
+        """Append one document of token ids (length,), perhaps none. ``UserError`` for ids the dtype cannot hold."""
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise UserError(
+                f"{self.prefix}: document {self.n_documents} is {ids.dtype} of shape {ids.shape}; "
+                "give a flat list of integer token ids"
+            )
+        if ids.size > np.iinfo(np.int32).max:
+            raise UserError(
+                f"{self.prefix}: document {self.n_documents} has {ids.size} tokens, "
+                f"the format holds {np.iinfo(np.int32).max}; split it"
+            )
+        if ids.size and not 0 <= (low := ids.min()) <= (high := ids.max()) <= self._range.max:
+            raise UserError(
+                f"{self.prefix}: document {self.n_documents} has token {low if low < 0 else high}, outside "
+                f"0..{self._range.max} of {self.dtype}; choose the dtype with token_dtype(vocab_size)"
+            )
+        self._bin.write(ids.astype(self.dtype).tobytes())
+        self._lengths.append(ids.size)
+        self.n_tokens += ids.size
+
+    @property
+    def n_documents(self) -> int:
+        return len(self._lengths)
+
+    def finalize(self) -> None:
+        """Publish the ``.bin``, then the ``.idx``, whose presence makes the pair complete."""
+        lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.empty(0, np.int32)
+        pointers = np.zeros(len(lengths), dtype=np.int64)
+        np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
+        pointers *= self.dtype.itemsize
+        documents = np.arange(len(lengths) + 1, dtype=np.int64)
+        index = open_temporary(idx_path(self.prefix))
+        try:
+            index.write(HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(documents)))
+            for field in (lengths, pointers, documents):
+                index.write(field.astype(field.dtype.newbyteorder("<"), copy=False).data)
+            # An older .idx must go first: beside the new .bin it would make a pair that looks complete.
+            remove(idx_path(self.prefix))
+            publish(self._bin, bin_path(self.prefix))
+            publish(index, idx_path(self.prefix))
+        finally:
+            discard(index)
+
+    def __enter__(self) -> "IndexedDatasetWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        try:
+            if kind is None:
+                self.finalize()
+        finally:
+            discard(self._bin)
+
+
+class IndexedDataset:
+    """Read a pair without loading it (memory-mapped); the whole index is checked first.
+
+    Raises ``UserError`` when a file is missing, foreign or truncated, or sequences are not stored one after another.
+
+    dtype: of the stored tokens.                    tokens: (n_tokens,) the whole stream, in file order.
+    lengths: (S,) int32, tokens per sequence.       pointers: (S,) int64, bytes into the .bin.
+    document_indices: (documents + 1,) int64, sequences where documents start, and S.
+    """
+
+    def __init__(self, prefix: Path | str):
+        self.prefix = Path(prefix)
+        path = idx_path(prefix)
+        size = _file_size(path)
+        with open(path, "rb") as file:
+            header = file.read(HEADER.size)
+        if header[: len(MAGIC)] != MAGIC:
+            raise UserError(f"{path}: not a Megatron .idx file; write the data with tools/preprocess_data.py")
+        if size < HEADER.size:
+            raise UserError(f"{path}: truncated inside its header; copy or write it again")
+        _, version, code, n_sequences, n_indices = HEADER.unpack(header)
+        if version != VERSION:
+            raise UserError(f"{path}: version {version}, only version {VERSION} can be read; write it again")
+        self.dtype = np.dtype(DTYPE_CODES.get(code, "V1"))
+        if self.dtype.kind not in "iu":
+            kind = "unknown" if self.dtype.kind == "V" else str(self.dtype)
+            raise UserError(f"{path}: dtype code {code} ({kind}) is not an integer type; tokens must be integers")
+        pointers_at = HEADER.size + 4 * n_sequences
+        documents_at = pointers_at + 8 * n_sequences
+        _check_idx_size(path, size, documents_at + 8 * n_indices, n_sequences)
+
+        index = np.memmap(path, np.uint8, mode="r")
+        self.lengths = np.frombuffer(index, "<i4", n_sequences, HEADER.size)
+        self.pointers = np.frombuffer(index, "<i8", n_sequences, pointers_at)
+        self.document_indices = np.frombuffer(index, "<i8", n_indices, documents_at)
+        self.n_tokens = self._check_sequences(path)
+        self._check_documents(path)
+        self._check_bin_size(path)
+        # An empty file cannot be mapped.
+        self.tokens = np.memmap(bin_path(prefix), self.dtype, mode="r") if self.n_tokens else np.empty(0, self.dtype)
+
+    def __len__(self) -> int:
+        """The number of sequences (which is the number of documents in files written here)."""
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """The tokens of sequence ``i``, a read-only view (length,)."""
+        start = int(self.pointers[i]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.lengths[i])]
+
+    @property
+    def n_documents(self) -> int:
+        return len(self.document_indices) - 1
+
+    @functools.cached_property
+    def document_offsets(self) -> np.ndarray:
+        """(documents + 1,) int64: the token where each document starts, then ``n_tokens``."""
+        starts = np.append(self.pointers // self.dtype.itemsize, self.n_tokens)
+        return starts[self.document_indices]
+
+    def document_ids(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start,) int32: the document of each token of the stream's cut, counted from 0 at ``start``.
+
+        Empty documents are not counted. Reads the mapped index only: a corpus of 10^9 documents costs no memory.
+        """
+
+        def starts_at(document: int) -> int:
+            sequence = self.document_indices[document]
+            return self.n_tokens if sequence == len(self) else self.pointers[sequence] // self.dtype.itemsize
+
+        # Not np.searchsorted: the fields of the .idx are unaligned, and it would copy all of them on each call.
+        documents = range(self.n_documents)
+        first = bisect.bisect_right(documents, start, key=starts_at)
+        last = bisect.bisect_left(documents, stop, lo=first, key=starts_at)
+        begins = self.pointers[self.document_indices[first:last]] // self.dtype.itemsize
+        boundary = np.zeros(stop - start, dtype=np.int32)
+        boundary[begins - start] = 1
+        return np.cumsum(boundary, dtype=np.int32)
+
+    def max_token(self) -> int:
+        """The largest token id (-1 where there is none): scans the whole ``.bin``. ``UserError`` for a negative id."""
+        largest = -1
+        for start in range(0, self.n_tokens, SCAN_ITEMS):
+            chunk = self.tokens[start : start + SCAN_ITEMS]
+            if (smallest := int(chunk.min())) < 0:
+                raise UserError(f"{bin_path(self.prefix)}: token {smallest} is negative; preprocess the data again")
+            largest = max(largest, int(chunk.max()))
+        return largest
+
+    def _check_sequences(self, path: Path) -> int:
+        """Lengths and pointers describe sequences one after another. Returns the number of tokens."""
+        n_tokens = 0
+        for first in range(0, len(self), SCAN_ITEMS):
+            lengths = self.lengths[first : first + SCAN_ITEMS]
+            pointers = self.pointers[first : first + SCAN_ITEMS]
+            if lengths.min() < 0:
+                raise UserError(
+                    f"{path}: sequence {first + int(lengths.argmin())} has a negative length, the file is "
+                    "damaged; copy or write it again"
+                )
+            ends = n_tokens + np.cumsum(lengths, dtype=np.int64)
+            wrong = pointers != (ends - lengths) * self.dtype.itemsize
+            if wrong.any():
+                raise UserError(
+                    f"{path}: sequence {first + int(wrong.argmax())} does not follow the one before it in the .bin; "
+                    "only contiguous data can be read, write it again in order"
+                )
+            n_tokens = int(ends[-1])
+        return n_tokens
+
+    def _check_documents(self, path: Path) -> None:
+        indices = self.document_indices
+        ordered = all(
+            np.all(np.diff(indices[first : first + SCAN_ITEMS + 1]) >= 0)
+            for first in range(0, len(indices), SCAN_ITEMS)
+        )
+        if not (ordered and len(indices) and indices[0] == 0 and indices[-1] == len(self)):
+            raise UserError(
+                f"{path}: the document indices do not rise from 0 to the {len(self)} sequences, "
+                "the file is damaged; copy or write it again"
+            )
+
+    def _check_bin_size(self, path: Path) -> None:
+        size, expected = _file_size(bin_path(self.prefix)), self.n_tokens * self.dtype.itemsize
+        if size != expected:
+            what = "is truncated" if size < expected else "belongs to another .idx"
+            raise UserError(
+                f"{bin_path(self.prefix)}: {what}: {size} bytes, {path.name} describes {expected}; "
+                "copy or write both files again"
+            )
+
+
+def _file_size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read the data: {error.strerror}; name it by its path without .bin or .idx"
+        ) from None
+
+
+def _check_idx_size(path: Path, size: int, expected: int, n_sequences: int) -> None:
+    if size == expected + n_sequences > expected:
+        raise UserError(f"{path}: multimodal data (a mode per sequence) cannot be read; write it as text only")
+    if size != expected:
+        what = "truncated" if size < expected else "damaged"
+        raise UserError(
+            f"{path}: {what}: {size} bytes, its {n_sequences} sequences take {expected}; copy or write it again"
+        )

@@ -1,0 +1,59 @@
+"""Start DeepSpeed's communication in this process, under torchrun or alone."""
+
+import logging
+import os
+
+import torch
+import torch.distributed as dist
+
+from megamtp.parallel.groups import ProcessGrid, launch_environment
+
+
+def start_processes() -> ProcessGrid:
+    """Join the other ranks (NCCL on GPUs, gloo on CPUs) and return this process's place.
+
+    Call once, before ``build_engine``; ``stop_processes`` undoes it.
+    """
+    rank, world_size, local_rank = launch_environment()
+    use_cuda = torch.cuda.is_available()
+    # DeepSpeed reads both when it is imported: without the first it probes for accelerators (seconds),
+    # and its engine insists on the second even in a single process.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_cuda else "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if use_cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    _tame_deepspeed()
+    return ProcessGrid(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        device=device,
+        dp_rank=rank,
+        dp_size=world_size,
+        dp_group=dist.group.WORLD,
+    )
+
+
+def stop_processes() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _tame_deepspeed() -> None:
+    """Keep its warnings, not its 30 lines of start-up log, and keep it from compiling C++ at start."""
+    import deepspeed
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # On a CPU it would build a shared-memory all-reduce with the machine's compiler, on every rank at once, and
+    # fail where there is none. gloo does without.
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False

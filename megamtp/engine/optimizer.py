@@ -1,0 +1,30 @@
+"""AdamW and its parameter groups."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from megamtp.config import config_dataclass, option
+from megamtp.model.model import MultiTokenModel, logical_parameters
+
+
+@config_dataclass
+class OptimizerConfig:
+    """AdamW with the paper's defaults (arXiv:2404.19737, table S13)."""
+
+    lr: Annotated[float, Field(gt=0)] = option(3e-4, "peak learning rate")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = option(0.9, "decay of the first moment")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = option(0.95, "decay of the second moment")
+    eps: Annotated[float, Field(gt=0)] = option(1e-8, "added to the root of the second moment")
+    weight_decay: Annotated[float, Field(ge=0)] = option(0.1, "decoupled weight decay; norms have none")
+    clip: Annotated[float, Field(ge=0)] = option(1.0, "largest global gradient norm; 0 = no clipping")
+
+
+def build_optimizer(model: MultiTokenModel, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW; norms (the one-dimensional parameters) are not decayed."""
+    decayed, plain = [], []
+    for _, parameter in logical_parameters(model):
+        (decayed if parameter.ndim > 1 else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)

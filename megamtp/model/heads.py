@@ -1,0 +1,188 @@
+"""The n heads, their shared norm and unembedding, and the loss (arXiv:2404.19737, section 2).
+
+Head k is one transformer block that reads the trunk's output z; its target is the k-th next token.
+The loss is ``sum_k weight_k * (summed cross-entropy of head k) / divisor``, the divisor a constant (b x s):
+masking and micro-batch size then leave the gradient unchanged.
+
+Three modes give the same losses and gradients:
+
+sequential  each head runs forward *and* backward inside the forward pass of one autograd function, so that one
+            head's activations and one chunk of logits exist at a time; gradients wait until ``backward``.
+joint       plain autograd through all heads, one chunked linear cross-entropy over their hidden states.
+naive       plain autograd, whole logits, n times ``F.cross_entropy``: the reference.
+"""
+
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from megamtp.config import config_dataclass, option
+from megamtp.model.transformer import Block, BlockInputs, Linear, ModelConfig, RMSNorm
+from megamtp.ops.cross_entropy import (
+    CHUNK_TOKENS,
+    TokenLosses,
+    linear_cross_entropy,
+    linear_cross_entropy_with_grads,
+    reference_linear_cross_entropy,
+    scale_in_place,
+)
+
+
+@config_dataclass
+class HeadsConfig:
+    """How the heads are computed and weighed; nothing here changes the model's parameters."""
+
+    mode: Literal["sequential", "joint", "naive"] = option(
+        "sequential", "sequential: least memory; joint: plain autograd, chunked loss; naive: the slow reference"
+    )
+    loss_weights: list[float] | None = option(None, "one weight per head; none = 1 each, as in the paper")
+    chunk_tokens: Annotated[int, Field(ge=1)] = option(CHUNK_TOKENS, "tokens whose logits exist at a time")
+
+
+class HeadLosses(NamedTuple):
+    """loss is what backward starts from; the rest are sums for logging, one entry a head, detached."""
+
+    loss: Tensor  # scalar
+    sums: Tensor  # (n,) summed cross-entropy, nats
+    counts: Tensor  # (n,) targets that are not ignored
+    correct: Tensor  # (n,) targets that have the largest logit
+
+
+class MultiTokenHeads(nn.Module):
+    """z (b, s, d) -> losses of n heads; parameters ``heads.{k}.*``, ``norm.weight``, ``output.weight``.
+
+    Raises ``ValueError`` where the number of loss weights is not n.
+    """
+
+    def __init__(self, config: ModelConfig, heads_config: HeadsConfig, attention_backend: str):
+        super().__init__()
+        n = config.n_future_tokens
+        weights = heads_config.loss_weights or [1.0] * n
+        if len(weights) != n:
+            raise ValueError(f"heads.loss_weights has {len(weights)} entries; n_future_tokens is {n}")
+        self.vocab_size = config.vocab_size
+        self.mode, self.chunk_tokens = heads_config.mode, heads_config.chunk_tokens
+        self.loss_weights = tuple(weights)
+        self.heads = nn.ModuleList(Block(config, attention_backend) for _ in range(n))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = Linear(config.dim, config.padded_vocab_size)
+
+    @property
+    def unembedding(self) -> Tensor:
+        """(V, d): the rows of real tokens. Padding rows never meet a hidden state, so they cannot leak."""
+        return self.output.weight[: self.vocab_size]
+
+    def hidden(self, k: int, z: Tensor, inputs: BlockInputs) -> Tensor:
+        """What head k (0-based) gives to the unembedding: (b, s, d)."""
+        return self.norm(self.heads[k](z, inputs))
+
+    def logits(self, z: Tensor, inputs: BlockInputs) -> Tensor:
+        """All heads' logits (n, b, s, V). For tests and short prompts: training never holds them."""
+        return torch.stack([self.hidden(k, z, inputs) @ self.unembedding.t() for k in range(len(self.heads))])
+
+    def loss(self, z: Tensor, targets: Tensor, inputs: BlockInputs) -> HeadLosses:
+        """z (b, s, d), targets (n, b, s) with ``IGNORE_INDEX`` where masked -> losses over all heads."""
+        divisor = targets[0].numel()
+        scales = [weight / divisor for weight in self.loss_weights]
+        if not torch.is_grad_enabled():
+            losses = [self._head_loss(k, z, targets[k], inputs, linear_cross_entropy) for k in range(len(self.heads))]
+            return _combine(losses, scales)
+        if self.mode == "sequential":
+            parameters = list(self.parameters())
+            return HeadLosses(*_SequentialHeads.apply(self, targets, inputs, scales, z, *parameters))
+        if self.mode == "joint":
+            return self._joint_loss(z, targets, inputs, scales)
+        losses = [
+            self._head_loss(k, z, targets[k], inputs, reference_linear_cross_entropy) for k in range(len(self.heads))
+        ]
+        return _combine(losses, scales)
+
+    def _head_loss(self, k: int, z: Tensor, targets: Tensor, inputs: BlockInputs, cross_entropy) -> TokenLosses:
+        options = {} if cross_entropy is reference_linear_cross_entropy else {"chunk_tokens": self.chunk_tokens}
+        hidden = self.hidden(k, z, inputs).flatten(0, 1)
+        return cross_entropy(hidden, self.unembedding, targets.flatten(), **options)
+
+    def _joint_loss(self, z: Tensor, targets: Tensor, inputs: BlockInputs, scales: list[float]) -> HeadLosses:
+        n = len(self.heads)
+        hidden = torch.stack([self.hidden(k, z, inputs) for k in range(n)])  # (n, b, s, d)
+        return HeadLosses(
+            *_JointLoss.apply(hidden.flatten(1, 2), self.unembedding, targets.flatten(1), scales, self.chunk_tokens)
+        )
+
+
+def _combine(losses: list[TokenLosses], scales: list[float]) -> HeadLosses:
+    loss = sum(scale * head.loss for scale, head in zip(scales, losses, strict=True))
+    return HeadLosses(loss, *(torch.stack([head[i].detach() for head in losses]) for i in range(3)))
+
+
+class _JointLoss(torch.autograd.Function):
+    """One chunked linear cross-entropy per head's hidden state, one accumulator for the unembedding's gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, scales, chunk_tokens):
+        dhidden, dweight, losses = torch.empty_like(hidden), None, []
+        for k, scale in enumerate(scales):
+            result = linear_cross_entropy_with_grads(
+                hidden[k], weight, targets[k], grad_scale=scale, dweight=dweight, chunk_tokens=chunk_tokens
+            )
+            dhidden[k], dweight = result.dhidden, result.dweight
+            losses.append(result.losses)
+        ctx.grads = [dhidden, dweight.to(weight.dtype)]
+        return _mark(ctx, _combine(losses, scales))
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        dhidden, dweight = scale_in_place(ctx.grads, dloss)
+        del ctx.grads
+        return dhidden, dweight, None, None, None
+
+
+class _SequentialHeads(torch.autograd.Function):
+    """Each head's forward and backward inside one forward; ``backward`` hands the stored gradients over.
+
+    ``torch.autograd.grad`` and never ``.backward()``: DeepSpeed's bf16 optimizer clears gradients when its own
+    backward pass starts, and its hooks must see each gradient once. Never wrap this in activation checkpointing:
+    the recomputation would run every head's backward again.
+    """
+
+    @staticmethod
+    def forward(ctx, module: MultiTokenHeads, targets, inputs, scales, z, *parameters):
+        weight = module.output.weight
+        # Padding rows of the vocabulary keep a gradient of zero.
+        dweight = torch.zeros(weight.shape, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
+        grads: dict[nn.Parameter, Tensor] = {}
+        dz, losses = torch.zeros_like(z), []
+        for k, scale in enumerate(scales):
+            own = [*module.heads[k].parameters(), module.norm.weight]
+            with torch.enable_grad():
+                z_k = z.detach().requires_grad_()
+                hidden = module.hidden(k, z_k, inputs)
+            result = linear_cross_entropy_with_grads(
+                hidden.detach().flatten(0, 1),
+                module.unembedding.detach(),
+                targets[k].flatten(),
+                grad_scale=scale,
+                dweight=dweight[: module.vocab_size],
+                chunk_tokens=module.chunk_tokens,
+            )
+            dz_k, *dparameters = torch.autograd.grad(hidden, [z_k, *own], result.dhidden.view_as(hidden))
+            dz += dz_k
+            for parameter, grad in zip(own, dparameters, strict=True):
+                grads[parameter] = grads[parameter].add_(grad) if parameter in grads else grad
+            losses.append(result.losses)
+        grads[weight] = dweight.to(weight.dtype)
+        ctx.grads = [dz, *(grads[parameter] for parameter in parameters)]
+        return _mark(ctx, _combine(losses, scales))
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        dz, *dparameters = scale_in_place(ctx.grads, dloss)
+        del ctx.grads
+        return None, None, None, None, dz, *dparameters
+
+
+def _mark(ctx, losses: HeadLosses) -> tuple[Tensor, ...]:
+    ctx.mark_non_differentiable(losses.sums, losses.counts, losses.correct)
+    return tuple(losses)

@@ -1,0 +1,36 @@
+"""Initial values from the seed and a parameter's logical name alone, so that every layout starts the same.
+
+Matrices are drawn from N(0, init_std^2); those that write to the residual stream (``wo``, ``w2``) are scaled
+down by sqrt(2 n_layers), so that its variance does not grow with depth (Radford et al. 2019). Norms are 1.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from megamtp.model.transformer import ModelConfig
+
+# Rows are drawn block by block, each block from its own generator: a rank that holds some rows draws only those.
+ROWS_PER_BLOCK = 256
+
+
+def initialize_(parameter: Tensor, name: str, config: ModelConfig, seed: int) -> None:
+    """Fill ``parameter``, the whole logical tensor ``name``, in place. Raises ``ValueError`` for an unknown kind."""
+    kind = name.split(".")[-2]
+    with torch.no_grad():
+        if kind in ("attention_norm", "ffn_norm", "norm"):
+            parameter.fill_(1.0)
+        elif kind in ("wo", "w2"):
+            _normal_(parameter, name, config.init_std / (2 * config.n_layers) ** 0.5, seed)
+        elif kind in ("wq", "wk", "wv", "w1", "w3", "tok_embeddings", "output"):
+            _normal_(parameter, name, config.init_std, seed)
+        else:
+            raise ValueError(f"no initialisation for parameter {name}")
+
+
+def _normal_(parameter: Tensor, name: str, std: float, seed: int) -> None:
+    for block, rows in enumerate(parameter.split(ROWS_PER_BLOCK)):
+        digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        rows.copy_(torch.randn(rows.shape, generator=generator).mul_(std))

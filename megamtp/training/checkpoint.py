@@ -1,0 +1,224 @@
+"""Checkpoints: logical tensors in fragments, readable by any layout (fp32 weights and both moments).
+
+    checkpoints/step-00000100/rank-00000.safetensors   the fragments that a rank owns
+    checkpoints/step-00000100/manifest.json            what is where, sizes, checksums, and the rest of the state
+    checkpoints/latest                                 name of the newest complete checkpoint
+
+A fragment ``weight/layers.0.attention.wq.weight/1024`` is a flat fp32 range of the logical tensor that starts at
+element 1024. Files are written into a temporary folder, which gets its name when all are synced: a checkpoint
+is complete or it is not there.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megamtp.engine.engine import Engine
+from megamtp.engine.fragments import Fragment, fragments, fragments_changed, optimizer_steps
+from megamtp.errors import UserError
+from megamtp.files import sync_folder, write_atomic
+
+FORMAT = "megamtp-checkpoint"
+VERSION = 1
+
+
+def save_checkpoint(
+    folder: Path, engine: Engine, *, step: int, model_config: dict[str, Any], state: dict[str, Any], keep: int
+) -> Path:
+    """Write ``folder/step-XXXXXXXX`` from all ranks; every rank calls it. Returns the checkpoint's path.
+
+    ``state`` is JSON: whatever the loop needs to go on. The newest ``keep`` checkpoints stay. Raises ``OSError``
+    on every rank where one of them could not write; earlier checkpoints are left as they were.
+    """
+    grid = engine.grid
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f"{final.name}.tmp"
+    if grid.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)  # left behind by a crash
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    entry, error = None, None
+    try:
+        entry = _write_fragments(temporary / f"rank-{grid.rank:05d}.safetensors", engine)
+    except (OSError, SafetensorError) as exception:
+        error = exception
+    entries: list[Any] = [None] * grid.world_size
+    dist.all_gather_object(entries, (entry, error and str(error)))
+    failures = [f"rank {rank}: {message}" for rank, (_, message) in enumerate(entries) if message]
+    if failures:
+        raise OSError(f"{final}: checkpoint not written: {'; '.join(failures)}") from error
+    if grid.is_main:
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            "optimizer_steps": optimizer_steps(engine),
+            "model": model_config,
+            "state": state,
+            "files": {entry["file"]: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for entry, _ in entries},
+            "tensors": _merge_pieces([entry for entry, _ in entries]),
+        }
+        write_atomic(temporary / "manifest.json", json.dumps(manifest).encode())
+        sync_folder(temporary)
+        if final.exists():  # the same step, saved again after a resume
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync_folder(folder)
+        write_atomic(folder / "latest", final.name.encode())
+        _remove_old(folder, keep)
+    dist.barrier()
+    return final
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or none. ``UserError`` where ``latest`` names a missing one."""
+    pointer = folder / "latest"
+    if not pointer.exists():
+        return None
+    path = folder / pointer.read_text().strip()
+    if not path.is_dir():
+        raise UserError(f"{pointer}: names {path.name}, which is not there; write the name of an existing checkpoint")
+    return path
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk; its manifest is read, its tensors are not."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Read the manifest and check the files' sizes. ``UserError`` for anything missing, cut or foreign."""
+        file = path / "manifest.json"
+        try:
+            manifest = json.loads(file.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{path}: no manifest.json; this is not a complete checkpoint") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: cannot be read: {error}; use an earlier checkpoint") from None
+        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+            raise UserError(
+                f"{file}: format {manifest.get('format')!r} version {manifest.get('version')!r}; "
+                f"this program reads {FORMAT!r} version {VERSION}"
+            )
+        for name, expected in manifest["files"].items():
+            size = (path / name).stat().st_size if (path / name).exists() else None
+            if size != expected["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise UserError(f"{path / name}: {found}, {expected['bytes']} expected; use an earlier checkpoint")
+        return cls(path, manifest)
+
+    def require_model(self, model_config: dict[str, Any]) -> None:
+        """``UserError`` naming what differs where the checkpoint is of another model."""
+        for key, ours in model_config.items():
+            if self.manifest["model"].get(key) != ours:
+                raise UserError(
+                    f"{self.path}: is of another model: {key} is {self.manifest['model'].get(key)} there and {ours} "
+                    "here; use that model's config or another run_dir"
+                )
+
+    def verify(self, names: list[str] | None = None) -> None:
+        """Compare checksums of ``names`` (default: all files). ``UserError`` for a file that has changed."""
+        for name in names if names is not None else self.manifest["files"]:
+            if _sha256(self.path / name) != self.manifest["files"][name]["sha256"]:
+                raise UserError(f"{self.path / name}: damaged, its checksum is wrong; use an earlier checkpoint")
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened logical tensor ``name``: fp32 (stop - start,).
+
+        ``kind`` is "weight", "exp_avg" or "exp_avg_sq". Raises ``UserError`` where the pieces do not cover the range.
+        """
+        out = torch.empty(stop - start)
+        covered = 0
+        for piece in self.manifest["tensors"][name]["pieces"]:
+            low, high = max(start, piece["start"]), min(stop, piece["stop"])
+            if low >= high:
+                continue
+            try:
+                with safe_open(self.path / piece["file"], "pt") as file:
+                    tensor = file.get_slice(_key(kind, name, piece["start"]))
+                    out[low - start : high - start] = tensor[low - piece["start"] : high - piece["start"]]
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{self.path / piece['file']}: cannot be read: {error}") from None
+            covered += high - low
+        if covered != stop - start:
+            raise UserError(f"{self.path}: {name} [{start}, {stop}) is not wholly there; use an earlier checkpoint")
+        return out
+
+    def tensor(self, name: str, kind: str = "weight") -> torch.Tensor:
+        """One whole logical tensor, fp32, in its shape."""
+        shape = self.manifest["tensors"][name]["shape"]
+        return self.read(name, kind, 0, torch.Size(shape).numel()).view(shape)
+
+    def files_of(self, wanted: list[Fragment]) -> list[str]:
+        """The files that hold any part of ``wanted``."""
+        files = {
+            piece["file"]
+            for fragment in wanted
+            for piece in self.manifest["tensors"][fragment.name]["pieces"]
+            if piece["start"] < fragment.stop and fragment.start < piece["stop"]
+        }
+        return sorted(files)
+
+    def load_into(self, engine: Engine) -> None:
+        """Give the engine the checkpoint's weights and optimizer states; each rank reads its own part."""
+        held = list(fragments(engine))
+        names = {fragment.name: list(fragment.shape) for fragment in held}
+        saved = {name: tensor["shape"] for name, tensor in self.manifest["tensors"].items()}
+        for name, shape in names.items():
+            if saved.get(name) != shape:
+                raise UserError(f"{self.path}: {name} has shape {saved.get(name)} there and {shape} in this model")
+        self.verify(self.files_of(held))
+        for fragment in held:
+            for kind, tensor in fragment.tensors.items():
+                tensor.copy_(self.read(fragment.name, kind, fragment.start, fragment.stop))
+        fragments_changed(engine, self.manifest["optimizer_steps"])
+
+
+def _write_fragments(path: Path, engine: Engine) -> dict[str, Any]:
+    tensors, pieces = {}, []
+    for fragment in fragments(engine):
+        if not fragment.is_owner:
+            continue
+        for kind, tensor in fragment.tensors.items():
+            tensors[_key(kind, fragment.name, fragment.start)] = tensor.detach().cpu()
+        pieces.append((fragment.name, list(fragment.shape), fragment.start, fragment.stop))
+    save_file(tensors, path)
+    with open(path, "rb+") as file:
+        # safetensors leaves the data in the page cache.
+        os.fsync(file.fileno())
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path), "pieces": pieces}
+
+
+def _merge_pieces(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    for entry in entries:
+        for name, shape, start, stop in entry["pieces"]:
+            tensor = tensors.setdefault(name, {"shape": shape, "pieces": []})
+            tensor["pieces"].append({"file": entry["file"], "start": start, "stop": stop})
+    return tensors
+
+
+def _key(kind: str, name: str, start: int) -> str:
+    return f"{kind}/{name}/{start}"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    for old in sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")[:-keep]:
+        shutil.rmtree(old)

@@ -1,0 +1,38 @@
+"""Packaging. ``pip install .[cpu,test]`` on a laptop, ``.[gpu]`` on a cluster, ``.[mpi]`` for mpirun."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "megamtp" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="megamtp",
+    version=version,
+    description="Megatron-style 3D-parallel pretraining for multi-token prediction",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megamtp", "megamtp.*"]),
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "deepspeed==0.19.8",
+        "numpy>=1.26",
+        "pydantic>=2.7",
+        "pyyaml>=6",
+        "safetensors>=0.4.3",
+        "tensorboard>=2.16",
+        "tokenizers>=0.19",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        # The exact pin takes a CPU build where one is offered; a looser range pulls the CUDA libraries.
+        "cpu": ["torch==2.13.0"],
+        "gpu": ["triton>=3"],
+        "mpi": ["mpi4py>=4"],
+        "plot": ["matplotlib>=3.8"],
+        "test": ["pytest>=8", "ruff>=0.6", "transformers>=4.45", "matplotlib>=3.8"],
+    },
+)
