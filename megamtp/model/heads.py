@@ -23,6 +23,7 @@ from megamtp.model.transformer import Block, BlockInputs, Linear, ModelConfig, R
 from megamtp.ops.cross_entropy import (
     CHUNK_TOKENS,
     TokenLosses,
+    Workspace,
     linear_cross_entropy,
     linear_cross_entropy_with_grads,
     reference_linear_cross_entropy,
@@ -123,9 +124,10 @@ class _JointLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, scales, chunk_tokens):
         dhidden, dweight, losses = torch.empty_like(hidden), None, []
+        workspace = Workspace(hidden.shape[1], weight, chunk_tokens)
         for k, scale in enumerate(scales):
             result = linear_cross_entropy_with_grads(
-                hidden[k], weight, targets[k], grad_scale=scale, dweight=dweight, chunk_tokens=chunk_tokens
+                hidden[k], weight, targets[k], grad_scale=scale, dweight=dweight, workspace=workspace
             )
             dhidden[k], dweight = result.dhidden, result.dweight
             losses.append(result.losses)
@@ -154,6 +156,7 @@ class _SequentialHeads(torch.autograd.Function):
         dweight = torch.zeros(weight.shape, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
         grads: dict[nn.Parameter, Tensor] = {}
         dz, losses = torch.zeros_like(z), []
+        workspace = Workspace(targets[0].numel(), module.unembedding, module.chunk_tokens)
         for k, scale in enumerate(scales):
             own = [*module.heads[k].parameters(), module.norm.weight]
             with torch.enable_grad():
@@ -165,7 +168,7 @@ class _SequentialHeads(torch.autograd.Function):
                 targets[k].flatten(),
                 grad_scale=scale,
                 dweight=dweight[: module.vocab_size],
-                chunk_tokens=module.chunk_tokens,
+                workspace=workspace,
             )
             dz_k, *dparameters = torch.autograd.grad(hidden, [z_k, *own], result.dhidden.view_as(hidden))
             dz += dz_k

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 IGNORE_INDEX = -100
 CHUNK_TOKENS = 1024
+# On a CPU the softmax runs over a few rows at a time, which stay in its cache between the passes.
+CACHE_BYTES = 8 << 20
 
 
 class TokenLosses(NamedTuple):
@@ -54,6 +56,28 @@ class LinearCrossEntropyResult(NamedTuple):
     dweight: Tensor | None  # the accumulator that was passed in, or a new (V, d) one
 
 
+class Workspace:
+    """A chunk's logits and, where the GEMM's dtype is narrower, some rows of them in the statistics' dtype.
+
+    Allocated once and used for every chunk of every head: memory of this size is slow to come by (page faults).
+    """
+
+    def __init__(self, n_tokens: int, weight: Tensor, chunk_tokens: int = CHUNK_TOKENS):
+        chunk = max(1, min(chunk_tokens, n_tokens))
+        self.stats_dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.chunk_logits = torch.empty(chunk, weight.shape[0], dtype=weight.dtype, device=weight.device)
+        row_bytes = weight.shape[0] * self.stats_dtype.itemsize
+        self.n_rows = chunk if weight.device.type != "cpu" else min(chunk, max(1, CACHE_BYTES // row_bytes))
+        self._wide_rows = None
+        if self.stats_dtype != weight.dtype:
+            shape = (self.n_rows, weight.shape[0])
+            self._wide_rows = torch.empty(shape, dtype=self.stats_dtype, device=weight.device)
+
+    def widened(self, rows: Tensor) -> Tensor:
+        """``rows`` of the chunk in the statistics' dtype: themselves, or a copy."""
+        return rows if self._wide_rows is None else self._wide_rows[: rows.shape[0]].copy_(rows)
+
+
 def linear_cross_entropy_with_grads(
     hidden: Tensor,
     weight: Tensor,
@@ -64,6 +88,7 @@ def linear_cross_entropy_with_grads(
     need_grads: bool = True,
     ignore_index: int = IGNORE_INDEX,
     chunk_tokens: int = CHUNK_TOKENS,
+    workspace: Workspace | None = None,
     vocab_start: int = 0,
     split: VocabSplit | None = None,
 ) -> LinearCrossEntropyResult:
@@ -72,8 +97,9 @@ def linear_cross_entropy_with_grads(
     hidden (t, d); weight (V, d), the rows ``vocab_start ... vocab_start + V`` of the vocabulary; targets (t,)
     int64, ids of the whole vocabulary or ``ignore_index``. ``grad_scale`` multiplies the gradients, not the
     loss; a tensor of (t,) scales each token. ``dweight`` is an accumulator (V, d) in the statistics' dtype:
-    it is added to, so that several heads can share one. ``split`` reduces over the other ranks' slices.
-    With a split, dhidden is this slice's part of the gradient: the caller sums it over the ranks.
+    it is added to, so that several heads can share one, as they can share a ``workspace`` (which then decides
+    the chunk). ``split`` reduces over the other ranks' slices; dhidden is then this slice's part of the
+    gradient, for the caller to sum over the ranks.
 
     Raises ``ValueError`` for shapes that do not fit and ``IndexError`` for a target outside the vocabulary.
     """
@@ -84,50 +110,64 @@ def linear_cross_entropy_with_grads(
         raise ValueError(f"targets {tuple(targets.shape)} must be ({hidden.shape[0]},)")
     _refuse_foreign_targets(targets, weight, split, ignore_index)
 
-    n_tokens, n_rows = hidden.shape[0], weight.shape[0]
-    stats_dtype = torch.promote_types(hidden.dtype, torch.float32)
-    valid = targets != ignore_index
-    losses = torch.zeros(n_tokens, dtype=stats_dtype, device=hidden.device)
+    n_tokens = hidden.shape[0]
+    workspace = workspace or Workspace(n_tokens, weight, chunk_tokens)
+    chunk_tokens = workspace.chunk_logits.shape[0]
+    losses = torch.zeros(n_tokens, dtype=workspace.stats_dtype, device=hidden.device)
     correct = torch.zeros(n_tokens, dtype=torch.bool, device=hidden.device)
     dhidden = torch.empty_like(hidden) if need_grads else None
-    is_first = dweight is None
-    if need_grads and is_first:
-        # The first chunk overwrites it; with no token at all there is no first chunk.
-        dweight = torch.empty(n_rows, hidden.shape[1], dtype=stats_dtype, device=hidden.device)
-        if n_tokens == 0:
-            dweight.zero_()
+    if need_grads and dweight is None:
+        dweight = torch.zeros(weight.shape, dtype=workspace.stats_dtype, device=weight.device)
 
-    buffers = _Buffers(min(chunk_tokens, n_tokens), weight, stats_dtype)
+    token_scale = (targets != ignore_index).to(workspace.stats_dtype) * grad_scale  # (t,), 0 where ignored
     for begin in range(0, n_tokens, chunk_tokens):
         chunk = slice(begin, min(begin + chunk_tokens, n_tokens))
-        logits = buffers.logits(hidden[chunk], weight)  # (c, V), statistics' dtype
-        local = targets[chunk] - vocab_start
-        here = valid[chunk] & (local >= 0) & (local < n_rows)
-        index = local.where(here, 0).unsqueeze(1)  # (c, 1); row 0 stands in where the target is not here
+        logits = workspace.chunk_logits[: chunk.stop - begin]  # (c, V)
+        torch.mm(hidden[chunk], weight.t(), out=logits)
+        for first in range(0, logits.shape[0], workspace.n_rows):
+            rows = logits[first : first + workspace.n_rows]
+            here = slice(begin + first, begin + first + rows.shape[0])
+            wide = workspace.widened(rows)
+            valid = targets[here] != ignore_index
+            losses[here], correct[here] = _rows_to_gradient(
+                wide, targets[here], valid, token_scale[here], vocab_start, split, need_grads
+            )
+            if need_grads and wide is not rows:
+                rows.copy_(wide)
+        if need_grads:
+            torch.mm(logits, weight, out=dhidden[chunk])
+            _accumulate(dweight, logits, hidden[chunk])
 
-        local_max = logits.amax(1)
-        target_logit = split.all_sum(logits.gather(1, index).squeeze(1).where(here, 0))
-        largest = split.all_max(local_max)
-        correct[chunk] = valid[chunk] & (target_logit >= largest)
+    count = (targets != ignore_index).sum()
+    return LinearCrossEntropyResult(TokenLosses(losses.sum(), count, correct.sum()), dhidden, dweight)
 
-        # The softmax of the slice, in place. At the largest logit its value is 1 / sum(exp(logit - max)): the
-        # slice's log-sum-exp follows without a pass of its own, and is exact to rounding (1/V <= p_max <= 1).
-        probabilities = torch.softmax(logits, 1, out=logits)
-        local_lse = local_max - probabilities.amax(1).log()
-        lse = largest + split.all_sum((local_lse - largest).exp()).log()
-        losses[chunk] = (lse - target_logit).where(valid[chunk], 0)
-        if not need_grads:
-            continue
 
-        scale = grad_scale[chunk] if isinstance(grad_scale, Tensor) else grad_scale
-        row_scale = valid[chunk].to(stats_dtype) * scale
-        dlogits = probabilities.mul_(((local_lse - lse).exp() * row_scale).unsqueeze(1))
-        dlogits.scatter_add_(1, index, -(row_scale * here).unsqueeze(1))
-        dlogits = buffers.as_operand(dlogits)
-        torch.mm(dlogits, weight, out=dhidden[chunk])
-        _accumulate(dweight, dlogits, hidden[chunk], overwrite=is_first and begin == 0)
+def _rows_to_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    valid: Tensor,
+    scale: Tensor,
+    vocab_start: int,
+    split: VocabSplit,
+    need_grads: bool,
+) -> tuple[Tensor, Tensor]:
+    """Turn logits (r, V) into ``scale * dloss/dlogits`` in place; return losses (r,) and correct (r,)."""
+    local = targets - vocab_start
+    here = valid & (local >= 0) & (local < logits.shape[1])
+    index = local.where(here, 0).unsqueeze(1)  # (r, 1); column 0 stands in where the target is not here
+    local_max = logits.amax(1)
+    target_logit = split.all_sum(logits.gather(1, index).squeeze(1).where(here, 0))
+    largest = split.all_max(local_max)
 
-    return LinearCrossEntropyResult(TokenLosses(losses.sum(), valid.sum(), correct.sum()), dhidden, dweight)
+    # The softmax of this slice, in place. At the largest logit its value is 1 / sum(exp(logit - max)): the
+    # slice's log-sum-exp follows without a pass of its own, exact to rounding since 1/V <= p_max <= 1.
+    probabilities = torch.softmax(logits, 1, out=logits)
+    local_lse = local_max - probabilities.amax(1).log()
+    lse = largest + split.all_sum((local_lse - largest).exp()).log()
+    if need_grads:
+        probabilities.mul_(((local_lse - lse).exp() * scale).unsqueeze(1))
+        probabilities.scatter_add_(1, index, -(scale * here).unsqueeze(1))
+    return (lse - target_logit).where(valid, 0), valid & (target_logit >= largest)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -176,35 +216,16 @@ def scale_in_place(grads: list[Tensor], factor: Tensor) -> list[Tensor]:
     return grads
 
 
-class _Buffers:
-    """The chunk's logits, allocated once: in the GEMM's dtype, and in the statistics' where that differs."""
-
-    def __init__(self, chunk_tokens: int, weight: Tensor, stats_dtype: torch.dtype):
-        shape = (chunk_tokens, weight.shape[0])
-        self.gemm = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        same = stats_dtype == weight.dtype
-        self.stats = self.gemm if same else torch.empty(shape, dtype=stats_dtype, device=weight.device)
-
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        tokens = hidden.shape[0]
-        torch.mm(hidden, weight.t(), out=self.gemm[:tokens])
-        if self.stats is not self.gemm:
-            self.stats[:tokens].copy_(self.gemm[:tokens])
-        return self.stats[:tokens]
-
-    def as_operand(self, dlogits: Tensor) -> Tensor:
-        """dlogits in the dtype of the GEMMs that follow."""
-        return dlogits if self.stats is self.gemm else self.gemm[: dlogits.shape[0]].copy_(dlogits)
-
-
-def _accumulate(dweight: Tensor, dlogits: Tensor, hidden: Tensor, overwrite: bool) -> None:
+def _accumulate(dweight: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
     """dweight (V, d) += dlogits.T (V, c) @ hidden (c, d), accumulated in dweight's dtype."""
     if dweight.dtype == dlogits.dtype:
-        torch.addmm(dweight, dlogits.t(), hidden, beta=0 if overwrite else 1, out=dweight)
-    elif overwrite:
-        dweight.copy_(dlogits.t() @ hidden)
-    else:
-        dweight.add_(dlogits.t() @ hidden)
+        torch.addmm(dweight, dlogits.t(), hidden, out=dweight)
+        return
+    # A narrow product cannot be added to a wide accumulator in the GEMM; slabs of it stay in the cache.
+    slab = max(1, CACHE_BYTES // (hidden.shape[1] * hidden.dtype.itemsize))
+    slab = slab if dweight.device.type == "cpu" else dweight.shape[0]
+    for rows, columns in zip(dweight.split(slab), dlogits.split(slab, dim=1), strict=True):
+        rows.add_(columns.t() @ hidden)
 
 
 def _refuse_foreign_targets(targets: Tensor, weight: Tensor, split: VocabSplit, ignore_index: int) -> None:
