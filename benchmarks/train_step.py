@@ -307,7 +307,7 @@ def measure(dtype: str, rounds: int, sizes: tuple[int, ...]) -> dict[str, float]
         user = measure_memory(side="straightforward", n=4, dtype=dtype, allocator="default", micro_batch=micro_batch)
         ratios["memory_ratio_n4"] = max(ours / user, ratios.get("memory_ratio_n4", 0))
         print(
-            f"  n=4 micro-batch {micro_batch}: activations {ours / 2**30:.2f} GiB, straightforward {user / 2**30:.2f} GiB"
+            f"  n=4 micro-batch {micro_batch}: activations {ours / 2**30:.2f} GiB, the other {user / 2**30:.2f} GiB"
         )
     # 16 samples: more than 1 GiB on each side of the comparison.
     by_n = {

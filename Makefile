@@ -1,0 +1,36 @@
+# Two commands for a newcomer: `make demo` and `make test`. PYTHON chooses the interpreter that .venv is made from.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-full bench lint clean
+
+demo: $(VENV)/.installed
+	./launch_scripts/demo.sh
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-full: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/train_step.py
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# A stamp, written last: an interrupted set-up is done again.
+$(VENV)/.installed: setup.py requirements/cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/cpu.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/cpu.txt -e .[cpu,plot]
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/cpu.txt -e .[cpu,plot,test]
+	touch $@
+
+clean:
+	rm -rf $(VENV) data/demo runs/demo

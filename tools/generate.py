@@ -1,0 +1,44 @@
+"""Continue a text with the newest checkpoint of a run: python tools/generate.py runs/demo --prompt "def main():"."""
+
+import argparse
+import sys
+
+import torch
+
+from megamtp.data.preprocess.encode import load_tokenizer
+from megamtp.data.preprocess.tokenizer import END_OF_DOCUMENT
+from megamtp.errors import UserError, exits_cleanly
+from megamtp.inference.generate import generate, load_run
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir", help="folder of a training run")
+    parser.add_argument("--prompt", help="text to continue; default: standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    run = load_run(options.run_dir)
+    if run.config.data.tokenizer is None:
+        raise UserError(f"{options.run_dir}: its config names no data.tokenizer; set it in config.yaml")
+    tokenizer = load_tokenizer(run.config.data.tokenizer)
+    text = options.prompt if options.prompt is not None else sys.stdin.read()
+    prompt = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
+    if prompt.numel() == 0:
+        raise UserError("the prompt is empty; give --prompt TEXT or text on standard input")
+    new = generate(
+        run.model,
+        prompt,
+        options.max_new_tokens,
+        context=run.config.data.seq_len,
+        temperature=options.temperature,
+        stop_token=tokenizer.token_to_id(END_OF_DOCUMENT),
+        generator=torch.Generator().manual_seed(options.seed),
+    )
+    print(text + tokenizer.decode(new.tolist()))
+
+
+if __name__ == "__main__":
+    main()
