@@ -26,17 +26,20 @@ THREADS = 2
 class Ours:
     """Our engine, as ``pretrain.py`` runs it on one CPU process."""
 
+    mode = "sequential"
+
     def __init__(self, n: int, layers: int, dtype: str, micro_batch: int, tuned: bool):
         from megamtp.engine.engine import Engine
         from megamtp.engine.launch import start_processes
         from megamtp.engine.optimizer import OptimizerConfig
+        from megamtp.model.heads import HeadsConfig
         from megamtp.model.model import build_model
         from megamtp.model.transformer import ModelConfig
         from megamtp.parallel.groups import ParallelConfig
 
         self.config = ModelConfig(vocab_size=VOCAB, dim=DIM, n_layers=layers, n_heads=HEADS, n_future_tokens=n)
         self.engine = Engine(
-            build_model(self.config, seed=1),
+            build_model(self.config, HeadsConfig(mode=self.mode), seed=1),
             grid=start_processes(),
             parallel=ParallelConfig(zero_stage=0 if dtype == "fp32" else 1),
             optimizer=OptimizerConfig(),
@@ -54,6 +57,14 @@ class Ours:
     def state_bytes(count: int, dtype: str) -> int:
         # bf16: weights and their gradients in 2 bytes, masters, accumulated gradients and two moments in 4.
         return (16 if dtype == "fp32" else 20) * count
+
+
+class OursJoint(Ours):
+    mode = "joint"
+
+
+class OursNaive(Ours):
+    mode = "naive"
 
 
 class Straightforward:
@@ -122,11 +133,16 @@ def worker(options: argparse.Namespace) -> None:
         from megamtp.training.host_memory import keep_freed_memory
 
         keep_freed_memory()
-    if options.side == "ours":
+    if options.side.startswith("ours"):
         import deepspeed  # noqa: F401
     torch.set_num_threads(THREADS)
     level = _resident("VmRSS")
-    side = {"ours": Ours, "straightforward": Straightforward}[options.side]
+    side = {
+        "ours": Ours,
+        "ours-joint": OursJoint,
+        "ours-naive": OursNaive,
+        "straightforward": Straightforward,
+    }[options.side]
     runner = side(options.n, options.layers, options.dtype, options.micro_batch, options.allocator == "kept")
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCAB, (options.micro_batch, SEQ + options.n), generator=generator)
@@ -306,9 +322,7 @@ def measure(dtype: str, rounds: int, sizes: tuple[int, ...]) -> dict[str, float]
         ours = measure_memory(side="ours", n=4, dtype=dtype, allocator="kept", micro_batch=micro_batch)
         user = measure_memory(side="straightforward", n=4, dtype=dtype, allocator="default", micro_batch=micro_batch)
         ratios["memory_ratio_n4"] = max(ours / user, ratios.get("memory_ratio_n4", 0))
-        print(
-            f"  n=4 micro-batch {micro_batch}: activations {ours / 2**30:.2f} GiB, the other {user / 2**30:.2f} GiB"
-        )
+        print(f"  n=4 micro-batch {micro_batch}: activations {ours / 2**30:.2f} GiB, the other {user / 2**30:.2f} GiB")
     # 16 samples: more than 1 GiB on each side of the comparison.
     by_n = {
         n: measure_memory(side="ours", n=n, dtype=dtype, allocator="kept", layers=4 + n, micro_batch=16) for n in (2, 8)

@@ -1,6 +1,7 @@
 """The one exception that means "the input is wrong", and how a command turns it into exit code 2."""
 
 import functools
+import os
 import sys
 
 
@@ -16,7 +17,8 @@ def exits_cleanly(main):
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            rank = os.environ.get("RANK", "0")
+            print(f"error: {error}" if rank == "0" else f"rank {rank}: error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -5,7 +5,6 @@ import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -176,41 +175,6 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
             print(f"stopped by {name} after step {step}, checkpoint saved; the same command goes on from here")
         return 128 + stop_signal
     return 0
-
-
-def describe_run(config: RunConfig, world_size: int) -> str:
-    """What ``--dry-run`` prints: the resolved config, parameters by part, FLOPs per token, memory estimate."""
-    from megamtp.model.cost import parameters
-    from megamtp.planner.memory import estimate_memory
-
-    count = parameters(config.model)
-    parts = {name: value for name, value in asdict(count).items()} | {"total": count.total}
-    memory = estimate_memory(
-        config.model,
-        config.heads,
-        seq_len=config.data.seq_len,
-        micro_batch_size=config.training.micro_batch_size,
-        precision=config.training.precision,
-        zero_stage=config.parallel.zero_stage,
-        dp_size=world_size,
-    )
-    flops = train_flops_per_token(config.model, config.data.seq_len)
-    tokens = config.training.steps * config.training.global_batch_size * config.data.seq_len
-    sizes = asdict(memory) | {"total": memory.total}
-    return "\n".join(
-        [
-            dump(config),
-            _table("parameters", {name: f"{value:,}" for name, value in parts.items()}),
-            _table("memory estimate of one rank, MiB", {k: f"{v / 2**20:,.1f}" for k, v in sizes.items()}),
-            f"training FLOPs per token: {flops:,.0f}",
-            f"tokens of the whole run: {tokens:,}",
-        ]
-    )
-
-
-def _table(title: str, rows: dict[str, Any]) -> str:
-    width = max(map(len, rows))
-    return f"{title}:\n" + "\n".join(f"  {name:<{width}} {value:>16}" for name, value in rows.items())
 
 
 def _numbers(values: list[float]) -> str:

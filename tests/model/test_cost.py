@@ -1,0 +1,98 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megamtp.model import cost
+from megamtp.model.heads import HeadsConfig
+from megamtp.model.model import MultiTokenModel, OpsConfig, build_model, logical_parameters
+from megamtp.model.transformer import ModelConfig
+from tests.model.llama import micro_batch, small_config
+
+# dim, layers, heads and the training time relative to n = 1 that the unembeddings alone predict, n = 2 and n = 4.
+PAPER = {
+    "0.3B": (1024, 18, 16, 1.10, 1.29),
+    "0.6B": (1280, 27, 20, 1.06, 1.17),
+    "1.3B": (2048, 24, 16, 1.04, 1.13),
+    "3B": (2560, 36, 20, 1.02, 1.07),
+    "6.7B": (4096, 32, 32, 1.02, 1.06),
+    "13B": (5120, 40, 40, 1.01, 1.04),
+}
+SIZES = pytest.mark.parametrize("size", PAPER)
+
+
+def paper_config(size, n):
+    dim, layers, heads = PAPER[size][:3]
+    return ModelConfig(vocab_size=32000, dim=dim, n_layers=layers, n_heads=heads, n_future_tokens=n)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"n_layers": 6, "n_future_tokens": 3},
+        {"n_kv_heads": 2},
+        {"n_kv_heads": 1, "n_future_tokens": 2, "ffn_dim": None},
+        {"vocab_size": 64},
+        {"vocab_size": 65, "n_future_tokens": 2},
+    ],
+)
+def test_parameters_are_those_of_the_model(overrides):
+    config = small_config(**overrides)
+    sizes = {name: parameter.numel() for name, parameter in logical_parameters(build_model(config, seed=None))}
+    counted = cost.parameters(config)
+
+    def of(*prefixes):
+        return sum(size for name, size in sizes.items() if name.startswith(prefixes))
+
+    assert counted.total == sum(sizes.values())
+    assert counted.embedding == of("tok_embeddings.") and counted.unembedding == of("output.")
+    assert counted.trunk == of("layers.") and counted.heads == of("heads.") and counted.norm == of("norm.")
+    assert cost.block_parameters(config) == of("layers.0.")
+
+
+@SIZES
+def test_paper_sizes(size):
+    """n heads cost no parameter, and each model has about the size that it is named after."""
+    totals = {cost.parameters(paper_config(size, n)).total for n in (1, 2, 4)}
+    assert len(totals) == 1
+    assert totals.pop() / 1e9 == pytest.approx(float(size[:-1]), rel=0.1)
+
+
+def test_meta_model_of_the_largest_size():
+    config = paper_config("13B", 4)
+    with torch.device("meta"):
+        model = MultiTokenModel(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == cost.parameters(config).total
+
+
+@pytest.mark.parametrize("overrides", [{}, {"n_kv_heads": 2}, {"n_layers": 6, "n_future_tokens": 4}])
+def test_train_flops_against_pytorchs_counter(overrides):
+    """The counter sees every product of scores; causal attention uses (s + 1) / 2 of s positions."""
+    config = small_config(vocab_size=100, vocab_multiple=1, dim=64, ffn_dim=160, **overrides)
+    b, s = 2, 24
+    model = build_model(config, HeadsConfig(mode="naive"), OpsConfig(attention="reference"), seed=0)
+    with FlopCounterMode(display=False) as counter:
+        model(*micro_batch(config, b=b, s=s)).loss.backward()
+    unused = 3 * config.n_layers * 4 * config.dim * (s - (s + 1) / 2)
+    assert counter.get_total_flops() / (b * s) == pytest.approx(
+        cost.train_flops_per_token(config, s) + unused, rel=0.01
+    )
+
+
+def test_padding_rows_cost_nothing():
+    flops = {cost.train_flops_per_token(small_config(vocab_multiple=m), 64) for m in (1, 64, 1024)}
+    assert len(flops) == 1
+
+
+@SIZES
+def test_predicted_time_of_more_heads(size):
+    one, two, four = (cost.train_flops_per_token(paper_config(size, n), 4096) for n in (1, 2, 4))
+    assert two / one == pytest.approx(PAPER[size][3], abs=0.02)
+    assert four / one == pytest.approx(PAPER[size][4], abs=0.02)
+
+
+def test_dense_rule_of_thumb():
+    """6 FLOPs a parameter and token, the embedding's look-up apart, where attention is short."""
+    config = paper_config("6.7B", 1)
+    count = cost.parameters(config)
+    assert cost.train_flops_per_token(config, 1) == pytest.approx(6 * (count.total - count.embedding), rel=1e-3)
