@@ -46,6 +46,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
     Raises ``UserError`` naming ``where``, the dotted key and, for an unknown key, the nearest known one.
     """
     _refuse_unknown_keys(cls, values, where)
+    values = _without_empty_sections(cls, values)
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
@@ -68,7 +69,7 @@ def load(cls: type[T], path: str | Path, overrides: list[str]) -> T:
         values = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
         raise UserError(f"{path}: cannot read the config: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
@@ -77,7 +78,7 @@ def load(cls: type[T], path: str | Path, overrides: list[str]) -> T:
     for key, text in parse_overrides(overrides):
         where = f"{path} with overrides"
         _refuse_unknown_keys(cls, _nested(key, None), "command line")
-        _set(values, key, _parse_value(key, text))
+        _set(values, key, _parse_value(cls, key, text))
     return from_dict(cls, values, where)
 
 
@@ -135,21 +136,35 @@ def _nested_class(hint: Any) -> type | None:
     return None
 
 
-def _refuse_unknown_keys(cls: type, values: dict[str, Any], where: str, prefix: str = "") -> None:
+def _refuse_unknown_keys(
+    cls: type, values: dict[str, Any], where: str, prefix: str = "", root: type | None = None
+) -> None:
+    root = root or cls
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
-        dotted = f"{prefix}{key}"
         if key not in hints:
-            # A key that is right but stands in the wrong section is the likeliest slip after a typo.
-            everywhere = [known for known, _, _ in leaves(cls, prefix)]
-            near = [known for known in everywhere if known.rsplit(".", 1)[-1] == key]
-            near = near or difflib.get_close_matches(str(key), list(hints), n=1)
-            near = near or difflib.get_close_matches(dotted, everywhere, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0] if near[0].startswith(prefix) else prefix + near[0]}?" if near else ""
-            raise UserError(f"{where}: unknown key {dotted}{hint}")
+            near = _nearest(str(key), prefix, cls, root)
+            raise UserError(f"{where}: unknown key {prefix}{key}{f'; did you mean {near}?' if near else ''}")
         nested = _nested_class(hints[key])
         if nested is not None and isinstance(value, dict):
-            _refuse_unknown_keys(nested, value, where, f"{dotted}.")
+            _refuse_unknown_keys(nested, value, where, f"{prefix}{key}.", root)
+
+
+def _nearest(key: str, prefix: str, cls: type, root: type) -> str | None:
+    """The dotted key that was meant: a typo in this section, or the right key in the wrong section."""
+    everywhere = [known for known, _, _ in leaves(root)]
+    elsewhere = [known for known in everywhere if known.rsplit(".", 1)[-1] == key]
+    typo = [prefix + name for name in difflib.get_close_matches(key, list(typing.get_type_hints(cls)), n=1)]
+    anywhere = difflib.get_close_matches(prefix + key, everywhere, n=1, cutoff=0.5)
+    return next(iter(elsewhere + typo + anywhere), None)
+
+
+def _without_empty_sections(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """``heads:`` with all its lines commented out is YAML's null; it means the defaults."""
+    hints = typing.get_type_hints(cls)
+    return {
+        key: {} if value is None and dataclasses.is_dataclass(hints[key]) else value for key, value in values.items()
+    }
 
 
 def _nested(dotted: str, value: Any) -> dict[str, Any]:
@@ -167,10 +182,13 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[last] = value
 
 
-def _parse_value(key: str, text: str) -> Any:
+def _parse_value(cls: type, key: str, text: str) -> Any:
+    hint = next((hint for known, _, hint in leaves(cls) if known == key), None)
+    if hint is str or hint == str | None and text not in ("null", "~"):
+        return text  # a folder named 2024 is no number
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"command line: --{key}: cannot read the value {text!r}") from None
 
 
@@ -184,7 +202,7 @@ def _type_name(hint: Any) -> str:
 
 def _default_text(field: dataclasses.Field) -> str:
     if field.default is not REQUIRED:
-        return f"default {'none' if field.default is None else field.default}"
+        return f"default {'null' if field.default is None else field.default}"
     if field.default_factory is not REQUIRED:
         return f"default {field.default_factory()}"
     return "required"

@@ -240,9 +240,8 @@ def test_a_global_batch_that_does_not_divide_is_refused(config_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="a dry run does not build the loader")
 def test_a_dry_run_finds_a_global_batch_that_does_not_divide(config_file, capsys):
-    refused_by_dry_run(capsys, config_file, "--training.micro_batch_size", 3)
+    assert "use 6 or 9" in refused_by_dry_run(capsys, config_file, "--training.micro_batch_size", 3)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(config_file, tmp_path):
@@ -286,6 +285,26 @@ def test_a_damaged_checkpoint_is_refused(config_file, tmp_path):
     assert f"{file}: has {len(data) - 10} bytes" in refused(run_main(config_file, "--training.steps", 4))
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000008")
     assert "names step-00000008, which is not there" in refused(run_main(config_file, "--training.steps", 4))
+
+
+def refused_by_both_ranks(*arguments) -> None:
+    outcomes = start_ranks(2, pretrain.main, [str(argument) for argument in arguments])
+    assert [outcome.code for outcome in outcomes] == [2, 2], outcomes[0].error or outcomes[1].error
+
+
+def test_ranks_refuse_together_a_file_that_one_of_them_reads(config_file, tmp_path):
+    parallel = ["--parallel.zero_stage", "1"]
+    start_ranks(2, pretrain.main, [str(config_file), *parallel])
+    file = tmp_path / "run" / "checkpoints" / "step-00000002" / "rank-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    refused_by_both_ranks(config_file, *parallel, "--training.steps", 4)
+
+
+def test_ranks_refuse_together_a_folder_that_cannot_be_written(config_file, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    refused_by_both_ranks(config_file, "--run_dir", tmp_path / "file" / "run")
 
 
 def test_every_rank_ends_with_the_same_code(config_file):

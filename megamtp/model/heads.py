@@ -38,7 +38,7 @@ class HeadsConfig:
     mode: Literal["sequential", "joint", "naive"] = option(
         "sequential", "sequential: least memory; joint: plain autograd, chunked loss; naive: the slow reference"
     )
-    loss_weights: list[float] | None = option(None, "one weight per head; none = 1 each, as in the paper")
+    loss_weights: list[float] | None = option(None, "one weight per head; null = 1 each, as in the paper")
     chunk_tokens: Annotated[int, Field(ge=1)] = option(CHUNK_TOKENS, "tokens whose logits exist at a time")
 
 
@@ -60,7 +60,7 @@ class MultiTokenHeads(nn.Module):
     def __init__(self, config: ModelConfig, heads_config: HeadsConfig, attention_backend: str):
         super().__init__()
         n = config.n_future_tokens
-        weights = heads_config.loss_weights or [1.0] * n
+        weights = [1.0] * n if heads_config.loss_weights is None else heads_config.loss_weights
         if len(weights) != n:
             raise ValueError(f"heads.loss_weights has {len(weights)} entries; n_future_tokens is {n}")
         self.vocab_size = config.vocab_size

@@ -26,9 +26,11 @@ from megamtp.engine.engine import Engine
 from megamtp.engine.fragments import Fragment, fragments, fragments_changed, optimizer_steps
 from megamtp.errors import UserError
 from megamtp.files import sync_folder, write_atomic
+from megamtp.training.faults import fail_together
 
 FORMAT = "megamtp-checkpoint"
 VERSION = 1
+MANIFEST_KEYS = {"step", "optimizer_steps", "model", "state", "files", "tensors"}
 
 
 def save_checkpoint(
@@ -107,11 +109,16 @@ class Checkpoint:
             raise UserError(f"{path}: no manifest.json; this is not a complete checkpoint") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: cannot be read: {error}; use an earlier checkpoint") from None
+        if not isinstance(manifest, dict):
+            raise UserError(f"{file}: is no checkpoint's manifest; use an earlier checkpoint")
         if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
             raise UserError(
                 f"{file}: format {manifest.get('format')!r} version {manifest.get('version')!r}; "
                 f"this program reads {FORMAT!r} version {VERSION}"
             )
+        if not MANIFEST_KEYS <= manifest.keys():
+            missing = ", ".join(sorted(MANIFEST_KEYS - manifest.keys()))
+            raise UserError(f"{file}: is no checkpoint's manifest, it lacks {missing}; use an earlier checkpoint")
         for name, expected in manifest["files"].items():
             size = (path / name).stat().st_size if (path / name).exists() else None
             if size != expected["bytes"]:
@@ -172,17 +179,21 @@ class Checkpoint:
         return sorted(files)
 
     def load_into(self, engine: Engine) -> None:
-        """Give the engine the checkpoint's weights and optimizer states; each rank reads its own part."""
+        """Give the engine the checkpoint's weights and optimizer states; each rank reads its own part.
+
+        Every rank calls it. Raises ``UserError`` on all of them where one finds its part damaged.
+        """
         held = list(fragments(engine))
         names = {fragment.name: list(fragment.shape) for fragment in held}
         saved = {name: tensor["shape"] for name, tensor in self.manifest["tensors"].items()}
         for name, shape in names.items():
             if saved.get(name) != shape:
                 raise UserError(f"{self.path}: {name} has shape {saved.get(name)} there and {shape} in this model")
-        self.verify(self.files_of(held))
-        for fragment in held:
-            for kind, tensor in fragment.tensors.items():
-                tensor.copy_(self.read(fragment.name, kind, fragment.start, fragment.stop))
+        with fail_together(engine.grid):
+            self.verify(self.files_of(held))
+            for fragment in held:
+                for kind, tensor in fragment.tensors.items():
+                    tensor.copy_(self.read(fragment.name, kind, fragment.start, fragment.stop))
         fragments_changed(engine, self.manifest["optimizer_steps"])
 
 
@@ -220,5 +231,7 @@ def _sha256(path: Path) -> str:
 
 
 def _remove_old(folder: Path, keep: int) -> None:
-    for old in sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")[:-keep]:
+    # By age, not by step: who has gone back to an earlier step by hand has later steps lying there.
+    complete = [path for path in folder.glob("step-*") if path.suffix != ".tmp"]
+    for old in sorted(complete, key=lambda path: path.stat().st_mtime_ns)[:-keep]:
         shutil.rmtree(old)

@@ -1,11 +1,14 @@
-"""A request to stop, from a signal, that all ranks act on at the same step."""
+"""What goes wrong on one rank and concerns all: a request to stop, an input that only one rank reads."""
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
+from megamtp.errors import UserError
 from megamtp.parallel.groups import ProcessGrid
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -45,3 +48,20 @@ class StopRequest:
         if grid.world_size > 1:
             dist.all_reduce(received, op=dist.ReduceOp.MAX)
         return received.item() or None
+
+
+@contextmanager
+def fail_together(grid: ProcessGrid) -> Iterator[None]:
+    """Where the body raises ``UserError`` on one rank, all ranks raise it, instead of waiting for that one.
+
+    Every rank enters it, and the body holds no collective.
+    """
+    error = None
+    try:
+        yield
+    except UserError as exception:
+        error = exception
+    messages: list[str | None] = [None] * grid.world_size
+    dist.all_gather_object(messages, None if error is None else str(error))
+    if any(messages):
+        raise error or UserError(next(filter(None, messages)))

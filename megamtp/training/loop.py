@@ -19,7 +19,7 @@ from megamtp.model.cost import train_flops_per_token
 from megamtp.model.model import build_model
 from megamtp.parallel.groups import ProcessGrid
 from megamtp.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from megamtp.training.faults import StopRequest
+from megamtp.training.faults import StopRequest, fail_together
 from megamtp.training.metrics import MetricsWriter, peak_memory_gib, peak_tflops, reduce_heads
 from megamtp.training.run_config import RunConfig
 from megamtp.training.schedule import learning_rate
@@ -84,11 +84,12 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
         step, counters = checkpoint.manifest["step"], checkpoint.manifest["state"]["counters"]
 
     metrics = None
-    if grid.is_main:
-        write_atomic(run_dir / "config.yaml", dump(config).encode())
-        metrics = MetricsWriter(run_dir, step)
-        if checkpoint:
-            print(f"going on from {checkpoint.path} (step {step} of {training.steps})", flush=True)
+    with fail_together(grid):
+        if grid.is_main:
+            write_atomic(run_dir / "config.yaml", dump(config).encode())
+            metrics = MetricsWriter(run_dir, step)
+    if grid.is_main and checkpoint:
+        print(f"going on from {checkpoint.path} (step {step} of {training.steps})", flush=True)
     last_step = min(training.steps, training.stop_after or training.steps)
     tokens_per_step = training.global_batch_size * config.data.seq_len
     flops_per_step = tokens_per_step * train_flops_per_token(config.model, config.data.seq_len)
@@ -163,7 +164,8 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
             bar.update()
             stop_signal = stop.agreed(grid)
             at_end = step == last_step
-            if training.eval_every and step % training.eval_every == 0 or at_end:
+            is_due = bool(training.eval_every) and step % training.eval_every == 0
+            if at_end or is_due and not stop_signal:
                 evaluate()
             if training.checkpoint_every and step % training.checkpoint_every == 0 or at_end or stop_signal:
                 save()

@@ -25,13 +25,13 @@ class TrainingConfig:
     micro_batch_size: PositiveInt = option(1, "samples per forward pass of one rank")
     precision: Literal["fp32", "bf16"] = option("fp32", "of weights and activations; masters and sums are fp32")
     seed: Annotated[int, Field(ge=0)] = option(0, "of the initial weights and of the order of the data")
-    eval_every: PositiveInt | None = option(None, "steps between evaluations; none = only at the end")
-    eval_samples: PositiveInt | None = option(None, "validation samples per evaluation; none = all")
-    checkpoint_every: PositiveInt | None = option(None, "steps between checkpoints; none = only at the end")
+    eval_every: PositiveInt | None = option(None, "steps between evaluations; null = only at the end")
+    eval_samples: PositiveInt | None = option(None, "validation samples per evaluation; null = all")
+    checkpoint_every: PositiveInt | None = option(None, "steps between checkpoints; null = only at the end")
     keep_checkpoints: PositiveInt = option(2, "newest checkpoints that are kept")
     stop_after: PositiveInt | None = option(None, "save and stop at this step, without changing the schedule")
     peak_tflops: Annotated[float, Field(gt=0)] | None = option(
-        None, "of one device, for MFU; none = GPUs known by name"
+        None, "of one device, for MFU; null = GPUs known by name"
     )
 
 

@@ -11,7 +11,7 @@ from megamtp.config import config_dataclass, option
 @config_dataclass
 class ScheduleConfig:
     warmup_steps: Annotated[int, Field(ge=0)] = option(0, "steps of linear warm-up")
-    decay_steps: Annotated[int, Field(ge=1)] | None = option(None, "step at which the cosine ends; none = the last")
+    decay_steps: Annotated[int, Field(ge=1)] | None = option(None, "step at which the cosine ends; null = the last")
     final_ratio: Annotated[float, Field(ge=0, le=1)] = option(0.03, "learning rate at the end over the peak")
 
 

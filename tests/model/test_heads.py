@@ -296,7 +296,6 @@ def test_number_of_loss_weights():
         MultiTokenHeads(small_config(n_future_tokens=2), HeadsConfig(loss_weights=[1, 1, 1]), "sdpa")
 
 
-@pytest.mark.xfail(strict=True, reason="an empty list is taken for none")
 def test_no_loss_weights_are_not_the_default():
     with pytest.raises(ValueError, match="loss_weights has 0 entries"):
         MultiTokenHeads(small_config(n_future_tokens=2), HeadsConfig(loss_weights=[]), "sdpa")

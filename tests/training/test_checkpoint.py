@@ -200,12 +200,8 @@ def test_two_ranks_refuse_a_flipped_bit_that_one_of_them_reads(damaged, corpus):
         ("{}", "format None"),
         ('{"format": "megamtp-ch', "cannot be read"),
         ("", "cannot be read"),
-        pytest.param("[]", "", marks=pytest.mark.xfail(strict=True, raises=AttributeError, reason="not a mapping")),
-        pytest.param(
-            '{"format": "megamtp-checkpoint", "version": 1}',
-            "",
-            marks=pytest.mark.xfail(strict=True, raises=KeyError, reason="nothing in it"),
-        ),
+        ("[]", "is no checkpoint's manifest"),
+        ('{"format": "megamtp-checkpoint", "version": 1}', "is no checkpoint's manifest"),
     ],
 )
 def test_a_foreign_or_torn_manifest_is_refused(damaged, manifest, message):
@@ -337,7 +333,6 @@ def test_exactly_the_newest_are_kept(corpus, tmp_path, keep):
     assert (tmp_path / "checkpoints" / "latest").read_text() == kept[-1]
 
 
-@pytest.mark.xfail(strict=True, raises=UserError, reason="the newest by name are kept, not the one just written")
 def test_going_back_by_hand_never_loses_the_new_checkpoints(corpus, tmp_path):
     """A user names an earlier checkpoint in ``latest``, as the messages advise; later ones lie there still."""
     changes = {"training.steps": 8, "training.checkpoint_every": 4, "training.stop_after": 8}
