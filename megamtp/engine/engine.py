@@ -97,7 +97,9 @@ class Engine:
     def _clip_gradients(self) -> float:
         """Global norm of the gradient; scales it to at most ``clip`` where it is finite."""
         grads = self.gradients()
-        square = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+        # In fp32 a GPU's norm overflows for finite gradients beyond 1e19; the CPU's does not, and is slow in fp64.
+        wide = torch.float64 if self.grid.device.type == "cuda" else None
+        square = torch.stack(torch._foreach_norm(grads, dtype=wide)).double().square().sum()
         if self.deepspeed.zero_optimization():  # each rank holds its own share; without ZeRO each holds all
             self.grid.sum_over_dp(square)
         grad_norm = square.sqrt().item()

@@ -44,41 +44,40 @@ def save_checkpoint(
     grid = engine.grid
     final = folder / f"step-{step:08d}"
     temporary = folder / f"{final.name}.tmp"
-    if grid.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)  # left behind by a crash
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    entry, error = None, None
-    try:
+    with fail_together(grid, OSError, UserError):
+        if grid.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)  # left behind by a crash
+            temporary.mkdir(parents=True)
+    with fail_together(grid, OSError, UserError):
         entry = _write_fragments(temporary / f"rank-{grid.rank:05d}.safetensors", engine)
-    except (OSError, SafetensorError) as exception:
-        error = exception
     entries: list[Any] = [None] * grid.world_size
-    dist.all_gather_object(entries, (entry, error and str(error)))
-    failures = [f"rank {rank}: {message}" for rank, (_, message) in enumerate(entries) if message]
-    if failures:
-        raise OSError(f"{final}: checkpoint not written: {'; '.join(failures)}") from error
-    if grid.is_main:
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "step": step,
-            "optimizer_steps": optimizer_steps(engine),
-            "model": model_config,
-            "state": state,
-            "files": {entry["file"]: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for entry, _ in entries},
-            "tensors": _merge_pieces([entry for entry, _ in entries]),
-        }
-        write_atomic(temporary / "manifest.json", json.dumps(manifest).encode())
-        sync_folder(temporary)
-        if final.exists():  # the same step, saved again after a resume
-            shutil.rmtree(final)
-        temporary.rename(final)
-        sync_folder(folder)
-        write_atomic(folder / "latest", final.name.encode())
-        _remove_old(folder, keep)
-    dist.barrier()
+    dist.all_gather_object(entries, entry)
+    with fail_together(grid, OSError, UserError):
+        if grid.is_main:
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                "step": step,
+                "optimizer_steps": optimizer_steps(engine),
+                "model": model_config,
+                "state": state,
+                "files": {entry["file"]: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for entry in entries},
+                "tensors": _merge_pieces(entries),
+            }
+            _publish(folder, temporary, final, manifest)
+            _remove_old(folder, keep)
     return final
+
+
+def _publish(folder: Path, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Manifest, then the folder's name, then ``latest``: each only when what it speaks of is on disk."""
+    write_atomic(temporary / "manifest.json", json.dumps(manifest).encode())
+    sync_folder(temporary)
+    if final.exists():  # the same step, saved again after a resume
+        shutil.rmtree(final)
+    temporary.rename(final)
+    sync_folder(folder)
+    write_atomic(folder / "latest", final.name.encode())
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -205,7 +204,10 @@ def _write_fragments(path: Path, engine: Engine) -> dict[str, Any]:
         for kind, tensor in fragment.tensors.items():
             tensors[_key(kind, fragment.name, fragment.start)] = tensor.detach().cpu()
         pieces.append((fragment.name, list(fragment.shape), fragment.start, fragment.stop))
-    save_file(tensors, path)
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # what a full disk becomes
+        raise OSError(f"{path}: not written: {error}") from error
     with open(path, "rb+") as file:
         # safetensors leaves the data in the page cache.
         os.fsync(file.fileno())

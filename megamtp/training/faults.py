@@ -51,17 +51,21 @@ class StopRequest:
 
 
 @contextmanager
-def fail_together(grid: ProcessGrid) -> Iterator[None]:
-    """Where the body raises ``UserError`` on one rank, all ranks raise it, instead of waiting for that one.
+def fail_together(grid: ProcessGrid, *kinds: type[Exception]) -> Iterator[None]:
+    """Where the body raises one of ``kinds`` (default: ``UserError``) on one rank, all ranks raise the first kind.
 
-    Every rank enters it, and the body holds no collective.
+    Every rank enters it, and the body holds no collective. Leaving it is a barrier.
     """
+    kinds = kinds or (UserError,)
     error = None
     try:
         yield
-    except UserError as exception:
+    except kinds as exception:
         error = exception
     messages: list[str | None] = [None] * grid.world_size
-    dist.all_gather_object(messages, None if error is None else str(error))
-    if any(messages):
-        raise error or UserError(next(filter(None, messages)))
+    dist.all_gather_object(messages, None if error is None else str(error) or type(error).__name__)
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise kinds[0](f"rank {rank}: {message}")

@@ -1,6 +1,7 @@
 """What a run writes about itself: ``metrics.jsonl``, TensorBoard files, the progress bar's line."""
 
 import json
+import math
 import resource
 import sys
 from pathlib import Path
@@ -69,7 +70,7 @@ class MetricsWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """``record["step"]`` is the step that is done; lists become one TensorBoard curve an entry, head 1 first."""
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps({key: _strict(value) for key, value in record.items()}, allow_nan=False) + "\n")
         for key, value in record.items():
             if key == "step" or isinstance(value, str) or value is None:
                 continue
@@ -80,6 +81,13 @@ class MetricsWriter:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+def _strict(value: Any) -> Any:
+    """NaN and infinity, which JSON lacks, become null."""
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:

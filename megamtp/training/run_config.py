@@ -62,3 +62,7 @@ class RunConfig:
             raise ValueError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} exceeds training.steps {self.training.steps}"
             )
+        if (self.schedule.decay_steps or self.training.steps) < self.schedule.warmup_steps:
+            raise ValueError(
+                f"schedule.decay_steps {self.schedule.decay_steps} ends before warm-up, at {self.schedule.warmup_steps}"
+            )

@@ -311,7 +311,7 @@ def test_a_rank_that_cannot_write_fails_all_of_them(corpus, tmp_path):
     outcomes = start_ranks(2, _with_start, run_with_fault, config, "raise in the fragments")
     for outcome in outcomes:
         assert "OSError: " in outcome.error
-        assert "checkpoint not written: rank 1: No space left on device" in outcome.error
+        assert "No space left on device" in outcome.error
     assert latest_checkpoint(tmp_path / "checkpoints").name == "step-00000002"
 
 

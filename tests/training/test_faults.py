@@ -141,7 +141,7 @@ def test_a_non_finite_step_is_skipped_counted_and_training_goes_on(corpus, tmp_p
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].error or outcomes[1].error
     lines = step_lines(tmp_path)
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 1, 1, 1, 1]
-    assert [math.isfinite(line["grad_norm"]) for line in lines] == [step != STRIKE for step in range(1, 9)]
+    assert [line["grad_norm"] is not None for line in lines] == [step != STRIKE for step in range(1, 9)]
     assert all(math.isfinite(line["loss"]) for line in lines)
     manifest = newest(tmp_path).manifest
     assert manifest["state"]["counters"]["skipped_steps"] == 1
