@@ -61,11 +61,11 @@ def main(arguments: list[str] | None = None) -> None:
     (run_dir / "summary.json").write_text(
         json.dumps({"head_1_validation_loss": model_loss, "bigram_validation_loss": bigram_loss}) + "\n"
     )
-    prompt, truth = next(
-        (prompt, truth)
-        for prompt, truth in held_out_functions(options.validation_text)
-        if len(tokenizer.encode(prompt).ids) <= PROMPT_TOKENS
-    )
+    functions = list(held_out_functions(options.validation_text))
+    if not functions:
+        raise UserError(f"{options.validation_text}: holds no function of {2 * PROMPT_LINES} lines to complete")
+    short = (pair for pair in functions if len(tokenizer.encode(pair[0]).ids) <= PROMPT_TOKENS)
+    prompt, truth = next(short, min(functions, key=lambda pair: len(pair[0])))
     new = generate(
         run.model,
         torch.tensor(tokenizer.encode(prompt, add_special_tokens=False).ids),
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"newest checkpoint           {run.checkpoint.path}\n\n"
         "try next\n"
         f'  .venv/bin/python tools/generate.py {run_dir} --prompt "def read_file(path):" --temperature 0.5\n'
-        "  .venv/bin/python pretrain.py configs/demo.yaml --run_dir runs/n1 --model.n_future_tokens 1\n"
+        "  .venv/bin/python pretrain.py configs/demo.yaml --run_dir runs/n1 --model.n_future_tokens 1 --heads.loss_weights null\n"
         "  .venv/bin/python pretrain.py configs/demo.yaml --dry-run"
     )
 

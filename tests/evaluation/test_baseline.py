@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+
+from megamtp.data.indexed_dataset import IndexedDataset
+from megamtp.data.samples import Samples
+from megamtp.evaluation.baseline import bigram_validation_loss
+from megamtp.evaluation.ngram import KneserNeyBigram
+from tests.training.tiny import VOCAB, write_corpus
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_the_bigram_sees_the_pairs_of_the_consumed_samples(tmp_path, mask):
+    """More samples than a chunk holds, more than an epoch; pairs collected one by one."""
+    train = Samples(IndexedDataset(write_corpus(tmp_path / "train", 120, seed=0)), 16, 4, seed=3)
+    validation = Samples(
+        IndexedDataset(write_corpus(tmp_path / "validation", 40, seed=1)), 16, 4, seed=3, shuffle=False
+    )
+
+    def pairs(samples, count):
+        found = []
+        for index in range(count):
+            tokens, documents = samples.get(index)
+            found += [(tokens[i], tokens[i + 1]) for i in range(16) if not mask or documents[i] == documents[i + 1]]
+        return tuple(np.array(column) for column in zip(*found, strict=True))
+
+    consumed = 300
+    assert consumed > train.samples_per_epoch
+    expected = (
+        KneserNeyBigram(VOCAB).fit([pairs(train, consumed)]).mean_nll(*pairs(validation, validation.samples_per_epoch))
+    )
+    loss = bigram_validation_loss(
+        train, validation, consumed_samples=consumed, vocab_size=VOCAB, mask_cross_document=mask
+    )
+    assert loss == pytest.approx(expected, rel=1e-12)
