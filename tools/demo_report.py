@@ -92,7 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"newest checkpoint           {run.checkpoint.path}\n\n"
         "try next\n"
         f'  .venv/bin/python tools/generate.py {run_dir} --prompt "def read_file(path):" --temperature 0.5\n'
-        "  .venv/bin/python pretrain.py configs/demo.yaml --run_dir runs/n1 --model.n_future_tokens 1 --heads.loss_weights null\n"
+        "  .venv/bin/python pretrain.py configs/demo.yaml --run_dir runs/n1 --model.n_future_tokens 1 "
+        "--heads.loss_weights null\n"
         "  .venv/bin/python pretrain.py configs/demo.yaml --dry-run"
     )
 
