@@ -154,7 +154,9 @@ class _SequentialHeads(torch.autograd.Function):
         weight = module.output.weight
         # Padding rows of the vocabulary keep a gradient of zero.
         dweight = torch.zeros(weight.shape, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
-        grads: dict[nn.Parameter, Tensor] = {}
+        # Allocated before the first head: a gradient that lands among a head's activations would split the memory
+        # that the next head needs in one piece, and the peak would grow with n.
+        grads = {parameter: torch.zeros_like(parameter) for parameter in parameters if parameter is not weight}
         dz, losses = torch.zeros_like(z), []
         workspace = Workspace(targets[0].numel(), module.unembedding, module.chunk_tokens)
         for k, scale in enumerate(scales):
@@ -171,10 +173,11 @@ class _SequentialHeads(torch.autograd.Function):
                 workspace=workspace,
             )
             dz_k, *dparameters = torch.autograd.grad(hidden, [z_k, *own], result.dhidden.view_as(hidden))
-            dz += dz_k
+            dz.add_(dz_k)
             for parameter, grad in zip(own, dparameters, strict=True):
-                grads[parameter] = grads[parameter].add_(grad) if parameter in grads else grad
+                grads[parameter].add_(grad)
             losses.append(result.losses)
+            del hidden, result, z_k, dz_k, dparameters, grad  # before the next head, not when it reassigns them
         grads[weight] = dweight.to(weight.dtype)
         ctx.grads = [dz, *(grads[parameter] for parameter in parameters)]
         return _mark(ctx, _combine(losses, scales))
