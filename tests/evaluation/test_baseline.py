@@ -3,9 +3,11 @@ import pytest
 
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.samples import Samples
-from megamtp.evaluation.baseline import bigram_validation_loss
+from megamtp.evaluation.baseline import SAMPLES_PER_CHUNK, bigram_validation_loss
 from megamtp.evaluation.ngram import KneserNeyBigram
-from tests.training.tiny import VOCAB, write_corpus
+from tests.training.tiny import write_corpus
+
+VOCAB = 2000  # enough that some pairs occur only once
 
 
 @pytest.mark.parametrize("mask", [True, False])
@@ -23,8 +25,8 @@ def test_the_bigram_sees_the_pairs_of_the_consumed_samples(tmp_path, mask):
             found += [(tokens[i], tokens[i + 1]) for i in range(16) if not mask or documents[i] == documents[i + 1]]
         return tuple(np.array(column) for column in zip(*found, strict=True))
 
-    consumed = 300
-    assert consumed > train.samples_per_epoch
+    consumed = train.samples_per_epoch + 50
+    assert consumed > SAMPLES_PER_CHUNK
     expected = (
         KneserNeyBigram(VOCAB).fit([pairs(train, consumed)]).mean_nll(*pairs(validation, validation.samples_per_epoch))
     )
