@@ -13,9 +13,9 @@ VOCAB = 2000  # enough that some pairs occur only once
 @pytest.mark.parametrize("mask", [True, False])
 def test_the_bigram_sees_the_pairs_of_the_consumed_samples(tmp_path, mask):
     """More samples than a chunk holds, more than an epoch; pairs collected one by one."""
-    train = Samples(IndexedDataset(write_corpus(tmp_path / "train", 120, seed=0)), 16, 4, seed=3)
+    train = Samples(IndexedDataset(write_corpus(tmp_path / "train", 480, 0, VOCAB)), 16, 4, seed=3)
     validation = Samples(
-        IndexedDataset(write_corpus(tmp_path / "validation", 40, seed=1)), 16, 4, seed=3, shuffle=False
+        IndexedDataset(write_corpus(tmp_path / "validation", 40, 1, VOCAB)), 16, 4, seed=3, shuffle=False
     )
 
     def pairs(samples, count):
