@@ -312,6 +312,7 @@ def test_a_rank_that_cannot_write_fails_all_of_them(corpus, tmp_path):
     for outcome in outcomes:
         assert "OSError: " in outcome.error
         assert "No space left on device" in outcome.error
+    assert "rank 1: " in outcomes[0].error  # who did not fail itself names the one that did
     assert latest_checkpoint(tmp_path / "checkpoints").name == "step-00000002"
 
 
