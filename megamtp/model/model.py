@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from megamtp.config import config_dataclass, option
 from megamtp.model.heads import HeadLosses, HeadsConfig, MultiTokenHeads
 from megamtp.model.initialize import initialize_
-from megamtp.model.transformer import AttentionBackendName, Block, Embedding, ModelConfig, block_inputs
+from megamtp.model.transformer import AttentionBackendName, Block, Embedding, ModelConfig, Recompute, block_inputs
 
 
 @config_dataclass
@@ -16,6 +16,9 @@ class OpsConfig:
     """Which backend computes what."""
 
     attention: AttentionBackendName = option("sdpa", "sdpa: PyTorch's fused attention; reference: the definition")
+    recompute: Recompute = option(
+        "none", "of a block's activations in its backward pass: none; selective: the attention's; full: all"
+    )
 
 
 def build_layers(config: ModelConfig, heads: HeadsConfig, ops: OpsConfig) -> list[tuple[str, nn.Module]]:

@@ -171,3 +171,4 @@ class Embedding(nn.Module):
 
 
 AttentionBackendName = Literal["sdpa", "reference"]
+Recompute = Literal["none", "selective", "full"]

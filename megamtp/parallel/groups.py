@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
@@ -10,14 +10,53 @@ from pydantic import Field
 
 from megamtp.config import config_dataclass, option
 
+PositiveInt = Annotated[int, Field(ge=1)]
+
 
 @config_dataclass
 class ParallelConfig:
-    """The layout: the only section that changes from a laptop to a cluster."""
+    """The layout: the only section that changes from a laptop to a cluster. DP = world size / (tensor x pipeline)."""
 
-    zero_stage: Annotated[int, Field(ge=0, le=1)] = option(
-        1, "0: every rank holds all optimizer states; 1: each data-parallel rank holds its share"
+    tensor: PositiveInt = option(1, "ranks that split every matrix and the vocabulary (TP); keep them in one node")
+    pipeline: PositiveInt = option(1, "ranks that the layers are cut over (PP)")
+    sequence: bool | None = option(None, "sequence parallelism: norms on a slice of the sequence; null = on with TP")
+    schedule: Literal["1f1b", "dualpipev"] = option(
+        "1f1b", "of the pipeline; dualpipev: first and last stage on one rank, 2 x pipeline stages"
     )
+    pipeline_cut: list[Annotated[int, Field(ge=0)]] | None = option(
+        None, "trunk layers of each stage, first to last; null = the cut whose slowest stage is fastest"
+    )
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = option(
+        1, "what DP ranks share out: 0 nothing; 1 optimizer states; 2 and gradients; 3 and weights"
+    )
+    offload_optimizer: bool = option(False, "keep optimizer states in host memory (ZeRO 1-3)")
+
+    def __post_init__(self):
+        if self.pipeline > 1 and self.zero_stage > 1:
+            raise ValueError(
+                f"parallel.zero_stage {self.zero_stage} does not go with parallel.pipeline {self.pipeline}: the pipeline "
+                "accumulates whole gradients over its micro-batches; use zero_stage 0 or 1, or pipeline 1"
+            )
+        if self.pipeline == 1 and self.schedule == "dualpipev":
+            raise ValueError("parallel.schedule dualpipev needs parallel.pipeline of 2 or more; use 1f1b")
+        if self.pipeline_cut is not None and len(self.pipeline_cut) != self.stages:
+            raise ValueError(
+                f"parallel.pipeline_cut has {len(self.pipeline_cut)} entries; {self.schedule} over {self.pipeline} "
+                f"ranks has {self.stages} stages"
+            )
+        if self.sequence and self.tensor == 1:
+            raise ValueError("parallel.sequence needs parallel.tensor of 2 or more; leave it out or raise tensor")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("parallel.offload_optimizer needs parallel.zero_stage 1, 2 or 3")
+
+    @property
+    def stages(self) -> int:
+        """Pieces that the list of layers is cut into; DualPipeV gives each rank two."""
+        return self.pipeline * (2 if self.schedule == "dualpipev" else 1)
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.tensor > 1 if self.sequence is None else self.sequence
 
 
 @dataclass(frozen=True)
