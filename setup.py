@@ -33,6 +33,7 @@ setup(
         "gpu": ["triton>=3"],
         "mpi": ["mpi4py>=4"],
         "plot": ["matplotlib>=3.8"],
-        "test": ["pytest>=8", "ruff>=0.6", "transformers>=4.45", "matplotlib>=3.8"],
+        # openmpi is mpirun and its libraries, 7 MB; a cluster brings its own, so the extra for it does not.
+        "test": ["pytest>=8", "ruff>=0.6", "transformers>=4.45", "matplotlib>=3.8", "mpi4py>=4", "openmpi>=5"],
     },
 )

@@ -1,7 +1,8 @@
-"""One training step on DeepSpeed's engine: forward, backward, gradient norm, clipping, update.
+"""One training step on DeepSpeed's engines: forward, backward, gradient norm, clipping, update.
 
 DeepSpeed shards, reduces and updates; the gradient norm, clipping and the check for non-finite gradients are
-ours, so that they mean the same under every ZeRO stage and precision.
+ours, so that they mean the same in every layout and precision. ``build_engine`` chooses: without a pipeline the
+layers are one module under ``DeepSpeedEngine`` (here), with one they are stages (``pipeline.py``).
 """
 
 import math
@@ -9,11 +10,12 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megamtp.engine.optimizer import OptimizerConfig, build_optimizer
 from megamtp.model.heads import HeadLosses
-from megamtp.model.model import MultiTokenModel
+from megamtp.model.model import MultiTokenModel, NamedLayer
+from megamtp.model.transformer import Block
 from megamtp.parallel.groups import ParallelConfig, ProcessGrid
 
 Precision = Literal["fp32", "bf16"]
@@ -21,7 +23,7 @@ ModelInputs = dict[str, Tensor | None]  # the keyword arguments of MultiTokenMod
 
 
 class StepResult(NamedTuple):
-    """Per-head sums over this rank's micro-batches, each (n,); the global gradient norm before clipping."""
+    """Per-head sums, each (n,), which summed over all ranks are the step's; the global norm before clipping."""
 
     sums: Tensor
     counts: Tensor
@@ -35,7 +37,7 @@ class Engine:
 
     def __init__(
         self,
-        model: MultiTokenModel,
+        model: nn.Module,
         *,
         grid: ProcessGrid,
         parallel: ParallelConfig,
@@ -48,14 +50,56 @@ class Engine:
 
         self.grid, self.clip = grid, optimizer.clip
         self.micro_batches = micro_batches
+        self.layers = self._named_layers(model)  # this rank's, with the prefixes of their logical names
+        if parallel.zero_stage == 3:
+            _prepare_for_partitioning(model)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, optimizer),
+            optimizer=build_optimizer(self.layers, optimizer),
             config=deepspeed_config(parallel, precision, micro_batch_size, micro_batches),
+            mpu=self._model_parallel_unit(),
         )
+        self.module = self.deepspeed.module
+        self._replace_norms()
+        # One rank's losses count: under tensor parallelism all of its neighbours have the same.
+        self.counts_losses = self.has_heads and grid.tensor.rank == 0
+        self._n = self._n_heads(model)
+        self._configure()
+
+    # --- what differs with a pipeline
+
+    has_heads = True  # this rank computes losses
+    reads_data = True  # this rank needs the micro-batches that it is given
+
+    def _named_layers(self, model: MultiTokenModel) -> list[NamedLayer]:
+        return model.named_layers()
+
+    def _n_heads(self, model: MultiTokenModel) -> int:
+        return model.config.n_future_tokens
+
+    def _model_parallel_unit(self):
+        return None if self.grid.tensor.size == 1 else ModelParallelUnit(self.grid)
+
+    def _configure(self) -> None:
         # With one replica there is nothing to reduce, and DeepSpeed would still copy every gradient twice.
-        self.deepspeed.enable_backward_allreduce = grid.dp_size > 1 or parallel.zero_stage > 0
-        self.module: MultiTokenModel = self.deepspeed.module
+        self.deepspeed.enable_backward_allreduce = self.grid.dp_size > 1 or self.deepspeed.zero_optimization()
+
+    def _run_step(self, batches: list[ModelInputs]) -> float:
+        for index, batch in enumerate(batches):
+            losses = self._forward(self.deepspeed, batch)
+            self.deepspeed.backward(losses.loss)
+            self._add(losses)
+            if index + 1 < len(batches):
+                self.deepspeed.step()  # counts the micro-batch; the update waits for the last one
+        grad_norm = self._clip_gradients()
+        self.deepspeed.step()
+        return grad_norm
+
+    def _run_evaluation(self, batches: Iterable[ModelInputs]) -> None:
+        for batch in batches:
+            self._add(self._forward(self.module, batch))
+
+    # --- the same in every layout
 
     def train_step(self, batches: list[ModelInputs], lr: float) -> StepResult:
         """One optimizer step over this rank's micro-batches. A non-finite gradient norm skips the update."""
@@ -63,70 +107,144 @@ class Engine:
             raise ValueError(f"expected {self.micro_batches} micro-batches, got {len(batches)}")
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        totals = None
-        for index, batch in enumerate(batches):
-            losses = self._forward(self.deepspeed, batch)
-            self.deepspeed.backward(losses.loss)
-            totals = _add(totals, losses)
-            if index + 1 < len(batches):
-                self.deepspeed.step()  # counts the micro-batch; the update waits for the last one
-        grad_norm = self._clip_gradients()
-        if not math.isfinite(grad_norm) and not self.deepspeed.zero_optimization():
-            # ZeRO's optimizers skip a non-finite step themselves; a bare AdamW would step into NaN.
-            self.module.zero_grad(set_to_none=True)
-        self.deepspeed.step()
-        return StepResult(*totals, grad_norm=grad_norm, skipped=not math.isfinite(grad_norm))
+        self._totals = None
+        grad_norm = self._run_step(batches)
+        return StepResult(*self._counted_totals(), grad_norm=grad_norm, skipped=not math.isfinite(grad_norm))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[ModelInputs]) -> tuple[Tensor, Tensor, Tensor]:
-        """Per-head (sums, counts, correct), each (n,), over this rank's batches; zeros for none."""
-        totals = tuple(torch.zeros(self.module.config.n_future_tokens, device=self.grid.device) for _ in range(3))
-        for batch in batches:
-            totals = _add(totals, self._forward(self.module, batch))
-        return totals
+        """Per-head (sums, counts, correct), each (n,), to be summed over all ranks; zeros for none."""
+        self._totals = None
+        self._run_evaluation(batches)
+        return self._counted_totals()
 
-    def gradients(self) -> list[Tensor]:
-        """The reduced gradients that this rank's share of the optimizer is about to use, after the last backward."""
-        optimizer = self.deepspeed.optimizer
+    def gradients(self) -> list[tuple[dict, list[Tensor]]]:
+        """(optimizer's group, reduced gradients that this rank is about to use), after the last backward."""
+        optimizer, adamw = self.deepspeed.optimizer, self.deepspeed.basic_optimizer
+        groups = adamw.param_groups
         if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):  # BF16_Optimizer: bf16 with ZeRO-1
-            return list(optimizer.fp32_groups_gradient_flat_partition)
-        if hasattr(optimizer, "averaged_gradients"):  # DeepSpeedZeroOptimizer: fp32 with ZeRO-1
-            return [grad for group in optimizer.averaged_gradients.values() for grad in group or []]
-        return [p.grad for p in self.module.parameters() if p.grad is not None]
+            return [
+                (group, [g]) for group, g in zip(groups, optimizer.fp32_groups_gradient_flat_partition, strict=True)
+            ]
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3, in sub-groups of the optimizer's groups
+            of_flat = [groups[optimizer.sub_group_to_group_id[i]] for i in range(len(optimizer.fp16_groups))]
+            flats = optimizer.fp32_partitioned_groups_flat
+        elif hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO-1 and 2
+            of_flat, flats = groups, optimizer.single_partition_of_fp32_groups
+        else:
+            return [(group, [p.grad for p in group["params"] if p.grad is not None]) for group in groups]
+        if flats and flats[0].grad is not None:  # offloaded
+            return [(group, [flat.grad]) for group, flat in zip(of_flat, flats, strict=True)]
+        return [(group, list(optimizer.averaged_gradients.get(i) or ())) for i, group in enumerate(of_flat)]
 
     def _clip_gradients(self) -> float:
-        """Global norm of the gradient; scales it to at most ``clip`` where it is finite."""
-        grads = self.gradients()
+        """Global norm of the gradient; scales it to at most ``clip``, or sees to it that no rank steps."""
+        # Without ZeRO every replica holds the same gradient: one of them counts.
+        counts = self.deepspeed.zero_optimization() or self.grid.dp_rank == 0
         # In fp32 a GPU's norm overflows for finite gradients beyond 1e19; the CPU's does not, and is slow in fp64.
         wide = torch.float64 if self.grid.device.type == "cuda" else None
-        square = torch.stack(torch._foreach_norm(grads, dtype=wide)).double().square().sum()
-        if self.deepspeed.zero_optimization():  # each rank holds its own share; without ZeRO each holds all
-            self.grid.sum_over_dp(square)
-        grad_norm = square.sqrt().item()
-        if self.clip and math.isfinite(grad_norm) and grad_norm > self.clip:
-            torch._foreach_mul_(grads, self.clip / grad_norm)
+        square = torch.zeros((), dtype=torch.float64, device=self.grid.device)
+        gradients = self.gradients()
+        for group, grads in gradients:
+            if counts and grads and group["counts_in_norm"]:
+                square += torch.stack(torch._foreach_norm(grads, dtype=wide)).double().square().sum().to(square.device)
+        self._norm = self.grid.sum_over_ranks(square).sqrt()
+        grad_norm = self._norm.item()
+        owned = [grad for _, grads in gradients for grad in grads]
+        if not math.isfinite(grad_norm):
+            if self.deepspeed.zero_optimization():
+                # ZeRO's optimizers skip a non-finite step themselves: each must see that it is one.
+                for grad in owned[:1]:
+                    grad.view(-1)[:1] = math.inf
+            else:
+                # A bare AdamW would step into NaN.
+                self.module.zero_grad(set_to_none=True)
+        elif self.clip and grad_norm > self.clip:
+            torch._foreach_mul_(owned, self.clip / grad_norm)
         return grad_norm
+
+    def _replace_norms(self) -> None:
+        """DeepSpeed's ZeRO optimizers take the norm that was just computed.
+
+        Their own counts other tensor-parallel ranks' replicas again, and waits for one message a group of parameters
+        from every stage, also from a stage that has no such group.
+        """
+        optimizer = self.deepspeed.optimizer
+        if hasattr(optimizer, "scaled_global_norm"):  # ZeRO-1 and 2
+            optimizer.scaled_global_norm = lambda *_: self._norm
+        if hasattr(optimizer, "_get_norm_groups"):  # ZeRO-3
+            optimizer._get_norm_groups = lambda: [self._norm]
 
     def _forward(self, run, inputs: ModelInputs) -> HeadLosses:
         device = self.grid.device
         return run(**{name: None if x is None else x.to(device) for name, x in inputs.items()})
 
+    def _add(self, losses: HeadLosses) -> None:
+        new = losses.sums.double(), losses.counts, losses.correct
+        self._totals = new if self._totals is None else tuple(a + b for a, b in zip(self._totals, new, strict=True))
+
+    def _counted_totals(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._totals is not None and self.counts_losses:
+            return self._totals
+        types = torch.float64, torch.int64, torch.int64
+        return tuple(torch.zeros(self._n, dtype=dtype, device=self.grid.device) for dtype in types)
+
+
+class ModelParallelUnit:
+    """What DeepSpeed asks of tensor parallelism without a pipeline: who shares gradients, who shares a model."""
+
+    def __init__(self, grid: ProcessGrid):
+        self.grid = grid
+
+    def get_data_parallel_rank(self) -> int:
+        return self.grid.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.grid.dp_size
+
+    def get_data_parallel_group(self):
+        return self.grid.dp_group
+
+    def get_model_parallel_rank(self) -> int:
+        return self.grid.model_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.grid.tensor.size * self.grid.pp_size
+
+    def get_model_parallel_group(self):
+        return self.grid.model_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+
+def _prepare_for_partitioning(model: MultiTokenModel) -> None:
+    """ZeRO-3 gathers a module's parameters when its forward is called; here several are used from outside."""
+    from deepspeed.runtime.zero.partition_parameters import register_external_parameter
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, [Block])  # gathered as a whole, which is also fewer and larger messages
+    register_external_parameter(model.output_heads, model.output_heads.output.weight)
+
 
 def deepspeed_config(parallel: ParallelConfig, precision: Precision, micro_batch_size: int, micro_batches: int) -> dict:
     """DeepSpeed's own config. Clipping is off: ours runs before its step."""
+    zero = {"stage": parallel.zero_stage}
+    if parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": micro_batches,
-        "zero_optimization": {"stage": parallel.zero_stage},
+        "zero_optimization": zero,
         "gradient_clipping": 0.0,
         "steps_per_print": None,
+        # Both would assume that all tensor-parallel ranks hold the same activations.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+        # Offloaded states are updated by torch's AdamW: DeepSpeed's own would compile C++ at first use.
+        "zero_force_ds_cpu_optimizer": False,
     }
     if precision == "bf16":
         # Without grad_accum_dtype ZeRO-1 would silently sum micro-batches in bf16.
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     return config
-
-
-def _add(totals, losses: HeadLosses):
-    new = losses.sums.double(), losses.counts, losses.correct
-    return new if totals is None else tuple(a + b for a, b in zip(totals, new, strict=True))

@@ -6,13 +6,14 @@ import os
 import torch
 import torch.distributed as dist
 
-from megamtp.parallel.groups import ProcessGrid, launch_environment
+from megamtp.parallel.groups import ParallelConfig, ProcessGrid, launch_environment
 
 
-def start_processes() -> ProcessGrid:
-    """Join the other ranks (NCCL on GPUs, gloo on CPUs) and return this process's place.
+def start_processes(parallel: ParallelConfig | None = None, kv_heads: int = 1) -> ProcessGrid:
+    """Join the other ranks (NCCL on GPUs, gloo on CPUs) and return this process's place in the layout.
 
-    Call once, before ``build_engine``; ``stop_processes`` undoes it.
+    Call before ``build_engine``; ``stop_processes`` undoes it. ``kv_heads`` of the model decide which ranks share
+    key/value heads.
     """
     rank, world_size, local_rank = launch_environment()
     use_cuda = torch.cuda.is_available()
@@ -30,14 +31,16 @@ def start_processes() -> ProcessGrid:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     _tame_deepspeed()
-    return ProcessGrid(
+    import deepspeed
+
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes over the group that is there
+    return ProcessGrid.build(
+        parallel or ParallelConfig(),
+        kv_heads,
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
         device=device,
-        dp_rank=rank,
-        dp_size=world_size,
-        dp_group=dist.group.WORLD,
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 
 from megamtp.config import config_dataclass, option
-from megamtp.model.model import MultiTokenModel, logical_parameters
+from megamtp.model.model import NamedLayer, sharded_parameters
 
 
 @config_dataclass
@@ -21,10 +21,22 @@ class OptimizerConfig:
     clip: Annotated[float, Field(ge=0)] = option(1.0, "largest global gradient norm; 0 = no clipping")
 
 
-def build_optimizer(model: MultiTokenModel, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW; norms (the one-dimensional parameters) are not decayed."""
-    decayed, plain = [], []
-    for _, parameter in logical_parameters(model):
-        (decayed if parameter.ndim > 1 else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+def build_optimizer(layers: list[NamedLayer], config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW; norms (the one-dimensional parameters) are not decayed.
+
+    ZeRO flattens each group, so what other tensor-parallel ranks hold as well stands in groups of its own: the
+    gradient norm counts it on one of them (``counts_in_norm``). A rank without such parameters has fewer groups.
+    """
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for _, parameter, shard in sharded_parameters(layers):
+        groups.setdefault((len(shard.shape) > 1, shard.replica == 0), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": members, "weight_decay": config.weight_decay if decays else 0.0, "counts_in_norm": counts}
+            for (decays, counts), members in groups.items()
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )

@@ -12,14 +12,15 @@ joint       plain autograd through all heads, one chunked linear cross-entropy o
 naive       plain autograd, whole logits, n times ``F.cross_entropy``: the reference.
 """
 
-from typing import Annotated, Literal, NamedTuple
+from dataclasses import replace
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from megamtp.config import config_dataclass, option
-from megamtp.model.transformer import Block, BlockInputs, Linear, ModelConfig, RMSNorm
+from megamtp.model.transformer import Block, BlockInputs, Layer, ModelConfig, OpsConfig, RMSNorm
 from megamtp.ops.cross_entropy import (
     CHUNK_TOKENS,
     TokenLosses,
@@ -29,14 +30,17 @@ from megamtp.ops.cross_entropy import (
     reference_linear_cross_entropy,
     scale_in_place,
 )
+from megamtp.parallel.tensor import WHOLE, TensorParallel
 
 
 @config_dataclass
 class HeadsConfig:
     """How the heads are computed and weighed; nothing here changes the model's parameters."""
 
-    mode: Literal["sequential", "joint", "naive"] = option(
-        "sequential", "sequential: least memory; joint: plain autograd, chunked loss; naive: the slow reference"
+    mode: Literal["sequential", "joint", "naive"] | None = option(
+        None,
+        "sequential: least memory; joint: plain autograd, chunked loss; naive: the slow reference; "
+        "null = sequential, or joint under ZeRO-3",
     )
     loss_weights: list[float] | None = option(None, "one weight per head; null = 1 each, as in the paper")
     chunk_tokens: Annotated[int, Field(ge=1)] = option(CHUNK_TOKENS, "tokens whose logits exist at a time")
@@ -57,31 +61,43 @@ class MultiTokenHeads(nn.Module):
     Raises ``ValueError`` where the number of loss weights is not n.
     """
 
-    def __init__(self, config: ModelConfig, heads_config: HeadsConfig, attention_backend: str):
+    def __init__(self, config: ModelConfig, heads_config: HeadsConfig, ops: OpsConfig, tp: TensorParallel = WHOLE):
         super().__init__()
         n = config.n_future_tokens
         weights = [1.0] * n if heads_config.loss_weights is None else heads_config.loss_weights
         if len(weights) != n:
             raise ValueError(f"heads.loss_weights has {len(weights)} entries; n_future_tokens is {n}")
-        self.vocab_size = config.vocab_size
-        self.mode, self.chunk_tokens = heads_config.mode, heads_config.chunk_tokens
-        self.loss_weights = tuple(weights)
-        self.heads = nn.ModuleList(Block(config, attention_backend) for _ in range(n))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = Linear(config.dim, config.padded_vocab_size)
+        self.mode, self.chunk_tokens = heads_config.mode or "sequential", heads_config.chunk_tokens
+        self.loss_weights, self.tp = tuple(weights), tp
+        if self.mode == "sequential":  # one head's activations exist at a time: nothing to save
+            ops = replace(ops, recompute="none")
+        self.heads = nn.ModuleList(Block(config, ops, tp) for _ in range(n))
+        self.norm = RMSNorm(config.dim, config.norm_eps, tp)
+        self.output = Layer(tp.shard((config.padded_vocab_size, config.dim), 0))
+        self.n_tokens = min(config.vocab_size - self.output.shard.start, len(self.output.weight))  # rows not padding
 
     @property
     def unembedding(self) -> Tensor:
-        """(V, d): the rows of real tokens. Padding rows never meet a hidden state, so they cannot leak."""
-        return self.output.weight[: self.vocab_size]
+        """(V, d): this rank's rows of real tokens. Padding rows never meet a hidden state, so they cannot leak."""
+        return self.output.weight[: self.n_tokens]
+
+    @property
+    def vocabulary(self) -> dict[str, Any]:
+        """What the cross-entropy needs to know of a split vocabulary."""
+        return {} if self.tp.size == 1 else {"vocab_start": self.output.shard.start, "split": self.tp}
 
     def hidden(self, k: int, z: Tensor, inputs: BlockInputs) -> Tensor:
-        """What head k (0-based) gives to the unembedding: (b, s, d)."""
+        """What head k (0-based) gives to the unembedding: (b, s, d), or this rank's slice of the sequence."""
         return self.norm(self.heads[k](z, inputs))
 
+    def forward(self, z: Tensor, targets: Tensor, inputs: BlockInputs) -> "HeadLosses":
+        """``loss``: called as a module where hooks have to see it."""
+        return self.loss(z, targets, inputs)
+
     def logits(self, z: Tensor, inputs: BlockInputs) -> Tensor:
-        """All heads' logits (n, b, s, V). For tests and short prompts: training never holds them."""
-        return torch.stack([self.hidden(k, z, inputs) @ self.unembedding.t() for k in range(len(self.heads))])
+        """All heads' logits (n, b, s, V), of this rank's V. For tests and short prompts: training never holds them."""
+        hidden = (self.tp.enter(self.hidden(k, z, inputs)) for k in range(len(self.heads)))
+        return torch.stack([x @ self.unembedding.t() for x in hidden])
 
     def loss(self, z: Tensor, targets: Tensor, inputs: BlockInputs) -> HeadLosses:
         """z (b, s, d), targets (n, b, s) with ``IGNORE_INDEX`` where masked -> losses over all heads."""
@@ -101,15 +117,24 @@ class MultiTokenHeads(nn.Module):
         return _combine(losses, scales)
 
     def _head_loss(self, k: int, z: Tensor, targets: Tensor, inputs: BlockInputs, cross_entropy) -> TokenLosses:
-        options = {} if cross_entropy is reference_linear_cross_entropy else {"chunk_tokens": self.chunk_tokens}
-        hidden = self.hidden(k, z, inputs).flatten(0, 1)
+        options = {}
+        if cross_entropy is not reference_linear_cross_entropy:
+            options = {"chunk_tokens": self.chunk_tokens, **self.vocabulary}
+        hidden = self.tp.enter(self.hidden(k, z, inputs)).flatten(0, 1)
         return cross_entropy(hidden, self.unembedding, targets.flatten(), **options)
 
     def _joint_loss(self, z: Tensor, targets: Tensor, inputs: BlockInputs, scales: list[float]) -> HeadLosses:
         n = len(self.heads)
-        hidden = torch.stack([self.hidden(k, z, inputs) for k in range(n)])  # (n, b, s, d)
+        hidden = torch.stack([self.tp.enter(self.hidden(k, z, inputs)) for k in range(n)])  # (n, b, s, d)
         return HeadLosses(
-            *_JointLoss.apply(hidden.flatten(1, 2), self.unembedding, targets.flatten(1), scales, self.chunk_tokens)
+            *_JointLoss.apply(
+                hidden.flatten(1, 2),
+                self.unembedding,
+                targets.flatten(1),
+                scales,
+                self.chunk_tokens,
+                self.vocabulary,
+            )
         )
 
 
@@ -122,12 +147,12 @@ class _JointLoss(torch.autograd.Function):
     """One chunked linear cross-entropy per head's hidden state, one accumulator for the unembedding's gradient."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scales, chunk_tokens):
+    def forward(ctx, hidden, weight, targets, scales, chunk_tokens, vocabulary):
         dhidden, dweight, losses = torch.empty_like(hidden), None, []
         workspace = Workspace(hidden.shape[1], weight, chunk_tokens)
         for k, scale in enumerate(scales):
             result = linear_cross_entropy_with_grads(
-                hidden[k], weight, targets[k], grad_scale=scale, dweight=dweight, workspace=workspace
+                hidden[k], weight, targets[k], grad_scale=scale, dweight=dweight, workspace=workspace, **vocabulary
             )
             dhidden[k], dweight = result.dhidden, result.dweight
             losses.append(result.losses)
@@ -138,7 +163,7 @@ class _JointLoss(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         dhidden, dweight = scale_in_place(ctx.grads, dloss)
         del ctx.grads
-        return dhidden, dweight, None, None, None
+        return dhidden, dweight, None, None, None, None
 
 
 class _SequentialHeads(torch.autograd.Function):
@@ -165,19 +190,29 @@ class _SequentialHeads(torch.autograd.Function):
                 z_k = z.detach().requires_grad_()
                 hidden = module.hidden(k, z_k, inputs)
             result = linear_cross_entropy_with_grads(
-                hidden.detach().flatten(0, 1),
+                module.tp.whole_sequence(hidden.detach()).flatten(0, 1),
                 module.unembedding.detach(),
                 targets[k].flatten(),
                 grad_scale=scale,
-                dweight=dweight[: module.vocab_size],
+                dweight=dweight[: module.n_tokens],
                 workspace=workspace,
+                **module.vocabulary,
             )
-            dz_k, *dparameters = torch.autograd.grad(hidden, [z_k, *own], result.dhidden.view_as(hidden))
+            dhidden = module.tp.sum_to_held(result.dhidden.view(*targets[k].shape, -1))
+            dz_k, *dparameters = torch.autograd.grad(hidden, [z_k, *own], dhidden)
             dz.add_(dz_k)
             for parameter, grad in zip(own, dparameters, strict=True):
                 grads[parameter].add_(grad)
             losses.append(result.losses)
-            del hidden, result, z_k, dz_k, dparameters, grad  # before the next head, not when it reassigns them
+            del (
+                hidden,
+                result,
+                dhidden,
+                z_k,
+                dz_k,
+                dparameters,
+                grad,
+            )  # before the next head, not when it reassigns them
         grads[weight] = dweight.to(weight.dtype)
         ctx.grads = [dz, *(grads[parameter] for parameter in parameters)]
         return _mark(ctx, _combine(losses, scales))

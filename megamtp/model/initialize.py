@@ -10,27 +10,39 @@ import torch
 from torch import Tensor
 
 from megamtp.model.transformer import ModelConfig
+from megamtp.parallel.tensor import Shard
 
 # Rows are drawn block by block, each block from its own generator: a rank that holds some rows draws only those.
 ROWS_PER_BLOCK = 256
 
 
-def initialize_(parameter: Tensor, name: str, config: ModelConfig, seed: int) -> None:
-    """Fill ``parameter``, the whole logical tensor ``name``, in place. Raises ``ValueError`` for an unknown kind."""
+def initialize_(parameter: Tensor, name: str, config: ModelConfig, seed: int, shard: Shard | None = None) -> None:
+    """Fill ``parameter``, the slice ``shard`` of the logical tensor ``name`` (default: all of it), in place.
+
+    Raises ``ValueError`` for an unknown kind.
+    """
     kind = name.split(".")[-2]
+    shard = shard or Shard(tuple(parameter.shape))
     with torch.no_grad():
         if kind in ("attention_norm", "ffn_norm", "norm"):
             parameter.fill_(1.0)
         elif kind in ("wo", "w2"):
-            _normal_(parameter, name, config.init_std / (2 * config.n_layers) ** 0.5, seed)
+            _normal_(parameter, name, config.init_std / (2 * config.n_layers) ** 0.5, seed, shard)
         elif kind in ("wq", "wk", "wv", "w1", "w3", "tok_embeddings", "output"):
-            _normal_(parameter, name, config.init_std, seed)
+            _normal_(parameter, name, config.init_std, seed, shard)
         else:
             raise ValueError(f"no initialisation for parameter {name}")
 
 
-def _normal_(parameter: Tensor, name: str, std: float, seed: int) -> None:
-    for block, rows in enumerate(parameter.split(ROWS_PER_BLOCK)):
+def _normal_(parameter: Tensor, name: str, std: float, seed: int, shard: Shard) -> None:
+    n_rows, n_columns = shard.shape
+    split = shard.length is not None
+    first, last = (shard.start, shard.start + shard.length) if split and shard.dim == 0 else (0, n_rows)
+    columns = slice(shard.start, shard.start + shard.length) if split and shard.dim == 1 else slice(None)
+    for block in range(first // ROWS_PER_BLOCK, -(-last // ROWS_PER_BLOCK)):
+        low, high = block * ROWS_PER_BLOCK, min(n_rows, (block + 1) * ROWS_PER_BLOCK)
         digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        rows.copy_(torch.randn(rows.shape, generator=generator).mul_(std))
+        rows = torch.randn(high - low, n_columns, generator=generator).mul_(std)
+        begin, end = max(low, first), min(high, last)
+        parameter[begin - first : end - first].copy_(rows[begin - low : end - low, columns])

@@ -1,33 +1,29 @@
 """The model as a list of layers: embedding, trunk blocks, heads. Here the list becomes one module."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from megamtp.config import config_dataclass, option
 from megamtp.model.heads import HeadLosses, HeadsConfig, MultiTokenHeads
 from megamtp.model.initialize import initialize_
-from megamtp.model.transformer import AttentionBackendName, Block, Embedding, ModelConfig, Recompute, block_inputs
+from megamtp.model.transformer import Block, Embedding, Layer, ModelConfig, OpsConfig, block_inputs
+from megamtp.parallel.tensor import WHOLE, Shard, TensorParallel
 
 
-@config_dataclass
-class OpsConfig:
-    """Which backend computes what."""
+def build_layers(
+    config: ModelConfig, heads: HeadsConfig, ops: OpsConfig, tp: TensorParallel = WHOLE, cut: slice = slice(None)
+) -> list[tuple[str, nn.Module]]:
+    """(prefix of the logical parameter names, layer): embedding, trunk blocks, heads; of these, those of ``cut``.
 
-    attention: AttentionBackendName = option("sdpa", "sdpa: PyTorch's fused attention; reference: the definition")
-    recompute: Recompute = option(
-        "none", "of a block's activations in its backward pass: none; selective: the attention's; full: all"
-    )
-
-
-def build_layers(config: ModelConfig, heads: HeadsConfig, ops: OpsConfig) -> list[tuple[str, nn.Module]]:
-    """(prefix of the logical parameter names, layer) from the embedding to the heads, on the current device."""
-    return [
-        ("tok_embeddings.", Embedding(config.padded_vocab_size, config.dim)),
-        *((f"layers.{i}.", Block(config, ops.attention)) for i in range(config.n_trunk_layers)),
-        ("", MultiTokenHeads(config, heads, ops.attention)),
+    Only what is returned is built, on the current device.
+    """
+    layers = [
+        ("tok_embeddings.", lambda: Embedding(config.padded_vocab_size, config.dim, tp)),
+        *((f"layers.{i}.", lambda: Block(config, ops, tp)) for i in range(config.n_trunk_layers)),
+        ("", lambda: MultiTokenHeads(config, heads, ops, tp)),
     ]
+    return [(prefix, build()) for prefix, build in layers[cut]]
 
 
 class MultiTokenModel(nn.Module):
@@ -36,17 +32,28 @@ class MultiTokenModel(nn.Module):
     ``forward`` takes what the loader gives and returns the losses; with ``targets=None`` the logits of all heads.
     """
 
-    def __init__(self, config: ModelConfig, heads: HeadsConfig | None = None, ops: OpsConfig | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        heads: HeadsConfig | None = None,
+        ops: OpsConfig | None = None,
+        tp: TensorParallel = WHOLE,
+    ):
         super().__init__()
         self.config, self.ops = config, ops or OpsConfig()
         (_, self.tok_embeddings), *blocks, (_, self.output_heads) = build_layers(
-            config, heads or HeadsConfig(), self.ops
+            config, heads or HeadsConfig(), self.ops, tp
         )
         self.layers = nn.ModuleList(block for _, block in blocks)
 
+    def named_layers(self) -> "list[NamedLayer]":
+        """The list of layers that the model was made from."""
+        blocks = ((f"layers.{i}.", block) for i, block in enumerate(self.layers))
+        return [("tok_embeddings.", self.tok_embeddings), *blocks, ("", self.output_heads)]
+
     def trunk(self, tokens: Tensor, positions: Tensor | None = None, document_ids: Tensor | None = None):
         """tokens (b, s) -> z (b, s, d) and what the blocks share."""
-        inputs = block_inputs(self.config, self.ops.attention, tokens, positions, document_ids)
+        inputs = block_inputs(self.config, self.ops.attention, tokens.shape[1], tokens.device, positions, document_ids)
         z = self.tok_embeddings(tokens)
         for layer in self.layers:
             z = layer(z, inputs)
@@ -66,13 +73,36 @@ class MultiTokenModel(nn.Module):
         z, inputs = self.trunk(tokens, positions, document_ids)
         if targets is None:
             return self.output_heads.logits(z, inputs)
-        return self.output_heads.loss(z, targets, inputs)
+        return self.output_heads(z, targets, inputs)
+
+
+NamedLayer = tuple[str, nn.Module]  # prefix of the logical parameter names, layer
+
+
+def sharded_parameters(layers: Iterable[NamedLayer]) -> Iterator[tuple[str, nn.Parameter, Shard]]:
+    """Every parameter of ``layers`` under its logical name, which is the same in every layout and checkpoint."""
+    for prefix, layer in layers:
+        for name, module in layer.named_modules():
+            if isinstance(module, Layer):
+                yield f"{prefix}{name}{'.' if name else ''}weight", module.weight, module.shard
 
 
 def logical_parameters(model: MultiTokenModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter under the name that it has in every layout and checkpoint."""
-    for name, parameter in model.named_parameters():
-        yield name.removeprefix("output_heads."), parameter
+    """Every parameter of a whole model under its logical name."""
+    for name, parameter, _ in sharded_parameters(model.named_layers()):
+        yield name, parameter
+
+
+def materialize_(
+    layers: Iterable[NamedLayer], config: ModelConfig, seed: int | None, device: torch.device | str = "cpu"
+) -> None:
+    """Give layers built on the meta device memory and, unless ``seed`` is None, their initial values."""
+    layers = list(layers)
+    for _, layer in layers:
+        layer.to_empty(device=device)
+    if seed is not None:
+        for name, parameter, shard in sharded_parameters(layers):
+            initialize_(parameter, name, config, seed, shard)
 
 
 def build_model(
@@ -82,12 +112,11 @@ def build_model(
     *,
     seed: int | None,
     dtype: torch.dtype = torch.float32,
+    tp: TensorParallel = WHOLE,
+    device: torch.device | str = "cpu",
 ) -> MultiTokenModel:
     """Build on the meta device, then give each parameter its values (none for ``seed=None``: left uninitialised)."""
     with torch.device("meta"):
-        model = MultiTokenModel(config, heads, ops)
-    model.to_empty(device="cpu")
-    if seed is not None:
-        for name, parameter in logical_parameters(model):
-            initialize_(parameter, name, config, seed)
+        model = MultiTokenModel(config, heads, ops, tp)
+    materialize_(model.named_layers(), config, seed, device)
     return model.to(dtype)

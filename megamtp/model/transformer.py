@@ -1,7 +1,8 @@
 """A Llama block, top to bottom: norm, attention with rotary positions, SwiGLU feed-forward, residuals.
 
 Shapes, the same letters everywhere: b batch, s sequence, d dim, h query heads, g key/value heads, hd head_dim,
-f ffn_dim. A block knows neither its depth nor how it is parallelised.
+f ffn_dim. Under tensor parallelism h, g and f are this rank's share; under sequence parallelism (b, s, d) between
+attention and feed-forward is this rank's slice (b, s / tp, d). A block does not know its depth.
 """
 
 from typing import Annotated, Literal, NamedTuple
@@ -10,11 +11,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from megamtp.config import REQUIRED, config_dataclass, option
 from megamtp.ops.attention import ATTENTION_BACKENDS, Documents, attention
 from megamtp.ops.elementwise import apply_rotary, rotary_table, swiglu
 from megamtp.ops.norm import rms_norm
+from megamtp.parallel.tensor import WHOLE, Shard, TensorParallel, column_parallel
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -71,6 +74,18 @@ class ModelConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
+@config_dataclass
+class OpsConfig:
+    """Which backend computes what, and what is computed again."""
+
+    attention: Literal["sdpa", "reference"] = option(
+        "sdpa", "sdpa: PyTorch's fused attention; reference: the definition"
+    )
+    recompute: Literal["none", "selective", "full"] = option(
+        "none", "of a block's activations in its backward pass: none; selective: the attention's; full: all"
+    )
+
+
 class BlockInputs(NamedTuple):
     """What every block of a micro-batch shares: the rotary table and, where documents are masked, who sees whom."""
 
@@ -81,94 +96,121 @@ class BlockInputs(NamedTuple):
 def block_inputs(
     config: ModelConfig,
     attention_backend: str,
-    tokens: Tensor,
-    positions: Tensor | None,
-    document_ids: Tensor | None,
+    seq_len: int,
+    device: torch.device,
+    positions: Tensor | None = None,
+    document_ids: Tensor | None = None,
 ) -> BlockInputs:
-    """Prepare, once per micro-batch, what the blocks need; tokens, positions and document_ids are (b, s)."""
+    """Prepare, once per micro-batch, what the blocks need; positions and document_ids are (b, s)."""
     if positions is None:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.arange(seq_len, device=device)
     rotary = rotary_table(positions, config.head_dim, config.rope_theta)
     documents = None if document_ids is None else ATTENTION_BACKENDS[attention_backend].prepare(document_ids)
     return BlockInputs(rotary, documents)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
+class Layer(nn.Module):
+    """One weight, of which this rank holds the slice ``shard``."""
+
+    def __init__(self, shard: Shard):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim))
+        self.shard = shard
+        self.weight = nn.Parameter(torch.empty(shard.local_shape))
+
+
+class RMSNorm(Layer):
+    def __init__(self, dim: int, eps: float, tp: TensorParallel = WHOLE):
+        super().__init__(tp.replicated((dim,)))
+        self.eps, self.tp = eps, tp
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.tp.replicated_weight(self.weight), self.eps)
 
 
-class Linear(nn.Module):
-    """x (..., d_in) -> (..., d_out), no bias."""
+class RowParallel(Layer):
+    """x (b, s, d_in / tp) -> what is held between layers: (b, s, d_out) or its slice of the sequence. No bias."""
 
-    def __init__(self, d_in: int, d_out: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+    def __init__(self, d_in: int, d_out: int, tp: TensorParallel = WHOLE):
+        super().__init__(tp.shard((d_out, d_in), 1))
+        self.tp = tp
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return self.tp.leave(F.linear(x, self.weight))
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, backend: str):
+    def __init__(self, config: ModelConfig, ops: OpsConfig, tp: TensorParallel = WHOLE):
         super().__init__()
-        self.head_dim = config.head_dim
-        self.backend = ATTENTION_BACKENDS[backend]
-        self.wq = Linear(config.dim, config.n_heads * config.head_dim)
-        self.wk = Linear(config.dim, config.kv_heads * config.head_dim)
-        self.wv = Linear(config.dim, config.kv_heads * config.head_dim)
-        self.wo = Linear(config.n_heads * config.head_dim, config.dim)
+        self.head_dim, self.tp = config.head_dim, tp
+        self.backend, self.recompute = ATTENTION_BACKENDS[ops.attention], ops.recompute == "selective"
+        kv_shape = config.kv_heads * config.head_dim, config.dim
+        self.wq = Layer(tp.shard((config.n_heads * config.head_dim, config.dim), 0))
+        self.wk = Layer(tp.kv_shard(kv_shape))
+        self.wv = Layer(tp.kv_shard(kv_shape))
+        self.wo = RowParallel(config.n_heads * config.head_dim, config.dim, tp)
 
     def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
-        q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (b, s, h, hd)
-        k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (b, s, g, hd)
-        v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (b, s, g, hd)
-        q, k = apply_rotary(q, inputs.rotary), apply_rotary(k, inputs.rotary)
-        out = attention(q, k, v, backend=self.backend, documents=inputs.documents)  # (b, s, h, hd)
-        return self.wo(out.flatten(-2))  # (b, s, d)
+        qkv = column_parallel(
+            x, self.tp, self.wq.weight, self.wk.weight, self.wv.weight, replicated=self.tp.kv_replicas > 1
+        )
+        if self.recompute and torch.is_grad_enabled():
+            out = checkpoint(self._attend, *qkv, inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = self._attend(*qkv, inputs)
+        return self.wo(out)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: BlockInputs) -> Tensor:
+        q = apply_rotary(q.unflatten(-1, (-1, self.head_dim)), inputs.rotary)  # (b, s, h, hd)
+        k = apply_rotary(k.unflatten(-1, (-1, self.head_dim)), inputs.rotary)  # (b, s, g, hd)
+        v = v.unflatten(-1, (-1, self.head_dim))  # (b, s, g, hd)
+        return attention(q, k, v, backend=self.backend, documents=inputs.documents).flatten(-2)  # (b, s, h * hd)
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, tp: TensorParallel = WHOLE):
         super().__init__()
-        self.w1 = Linear(config.dim, config.hidden_dim)  # gate
-        self.w2 = Linear(config.hidden_dim, config.dim)  # down
-        self.w3 = Linear(config.dim, config.hidden_dim)  # up
+        self.tp = tp
+        self.w1 = Layer(tp.shard((config.hidden_dim, config.dim), 0))  # gate
+        self.w2 = RowParallel(config.hidden_dim, config.dim, tp)  # down
+        self.w3 = Layer(tp.shard((config.hidden_dim, config.dim), 0))  # up
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+        gate, up = column_parallel(x, self.tp, self.w1.weight, self.w3.weight)
+        return self.w2(swiglu(gate, up))
 
 
 class Block(nn.Module):
     """One transformer layer, of the trunk or a whole head: (b, s, d) -> (b, s, d)."""
 
-    def __init__(self, config: ModelConfig, attention_backend: str):
+    def __init__(self, config: ModelConfig, ops: OpsConfig, tp: TensorParallel = WHOLE):
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config, attention_backend)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.recompute = ops.recompute == "full"
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps, tp)
+        self.attention = Attention(config, ops, tp)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, tp)
+        self.feed_forward = FeedForward(config, tp)
 
     def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, inputs, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, inputs)
+
+    def _forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
         x = x + self.attention(self.attention_norm(x), inputs)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-class Embedding(nn.Module):
-    """tokens (b, s) -> (b, s, d)."""
+class Embedding(Layer):
+    """tokens (b, s) -> (b, s, d), or this rank's slice of the sequence."""
 
-    def __init__(self, n_rows: int, dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_rows, dim))
+    def __init__(self, n_rows: int, dim: int, tp: TensorParallel = WHOLE):
+        super().__init__(tp.shard((n_rows, dim), 0))
+        self.tp = tp
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
-
-
-AttentionBackendName = Literal["sdpa", "reference"]
-Recompute = Literal["none", "selective", "full"]
+        if self.tp.size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.shard.start
+        foreign = (local < 0) | (local >= self.weight.shape[0])
+        rows = F.embedding(local.masked_fill(foreign, 0), self.weight)
+        return self.tp.leave(rows.masked_fill(foreign.unsqueeze(-1), 0))

@@ -5,7 +5,10 @@ exist as a whole: a chunk of tokens goes through logits, statistics and gradient
 buffer is reused (arXiv:2404.19737, section 2, asks for O(V + d) in place of O(nV + d)). Gradients are taken
 in the forward pass, so nothing of size V is kept for the backward pass and no product is computed twice.
 
-Shapes: t tokens, d width, V rows of the unembedding, c tokens of a chunk.
+The vocabulary may be split over ranks, in slices of any length: each rank holds its rows of the unembedding and all
+tokens, and three numbers a token travel, in two collectives a chunk.
+
+Shapes: t tokens, d width, V rows of the unembedding (of this rank's slice of it), c tokens of a chunk.
 """
 
 from dataclasses import dataclass
@@ -30,13 +33,16 @@ class TokenLosses(NamedTuple):
 
 
 class VocabSplit(Protocol):
-    """How statistics over a slice of the vocabulary become statistics over the whole of it."""
+    """How statistics over a slice of the vocabulary become statistics over the whole of it.
+
+    Every rank must get the same bits. ``values`` are not read again: both may work in place.
+    """
 
     def all_max(self, values: Tensor) -> Tensor:
-        """Element-wise maximum over the ranks that hold the other slices."""
+        """Element-wise maximum over the ranks, this one included; (c,)."""
 
     def all_sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over the ranks that hold the other slices."""
+        """Element-wise sum over the ranks, this one included; (2, c)."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,13 @@ class Workspace:
         """``rows`` of the chunk in the statistics' dtype: themselves, or a copy."""
         return rows if self._wide_rows is None else self._wide_rows[: rows.shape[0]].copy_(rows)
 
+    def scale_rows(self, rows: Tensor, factor: Tensor) -> None:
+        """``rows`` (r, V) of the chunk times ``factor`` (r,) in the statistics' dtype, in place, rounded once."""
+        if self._wide_rows is None or rows.device.type != "cpu":
+            rows.mul_(factor.unsqueeze(1))
+        else:  # on a CPU a product of two dtypes allocates wide copies of both its input and its result
+            rows.copy_(self.widened(rows).mul_(factor.unsqueeze(1)))
+
 
 def linear_cross_entropy_with_grads(
     hidden: Tensor,
@@ -90,6 +103,7 @@ def linear_cross_entropy_with_grads(
     chunk_tokens: int = CHUNK_TOKENS,
     workspace: Workspace | None = None,
     vocab_start: int = 0,
+    vocab_size: int | None = None,
     split: VocabSplit | None = None,
 ) -> LinearCrossEntropyResult:
     """Summed cross-entropy of ``softmax(hidden @ weight.T)`` and its gradients, outside of autograd.
@@ -98,17 +112,26 @@ def linear_cross_entropy_with_grads(
     int64, ids of the whole vocabulary or ``ignore_index``. ``grad_scale`` multiplies the gradients, not the
     loss; a tensor of (t,) scales each token. ``dweight`` is an accumulator (V, d) in the statistics' dtype:
     it is added to, so that several heads can share one, as they can share a ``workspace`` (which then decides
-    the chunk). ``split`` reduces over the other ranks' slices; dhidden is then this slice's part of the
-    gradient, for the caller to sum over the ranks.
+    the chunk).
 
-    Raises ``ValueError`` for shapes that do not fit and ``IndexError`` for a target outside the vocabulary.
+    ``split`` reduces over the other ranks' slices, once a chunk: every rank must pass the same hidden, targets,
+    scale and chunk. The losses are those of the whole vocabulary, the same on every rank; dweight is that of this
+    slice's rows, and dhidden is this slice's part of the gradient, for the caller to sum over the ranks.
+    ``vocab_size``, the rows of all slices together, lets targets be checked where there is a ``split``.
+
+    Raises ``ValueError`` for shapes that do not fit and for a slice without rows, and on a CPU ``IndexError`` for a
+    target outside of the vocabulary, as far as its size is known.
     """
     split = split or WholeVocab()
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (t, d) and (V, d)")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {tuple(targets.shape)} must be ({hidden.shape[0]},)")
-    _refuse_foreign_targets(targets, weight, split, ignore_index)
+    if weight.shape[0] == 0:
+        raise ValueError("weight has no rows: every rank must hold some of the vocabulary")
+    if isinstance(split, WholeVocab):
+        vocab_size = weight.shape[0]
+    _refuse_foreign_targets(targets, vocab_size, ignore_index)
 
     n_tokens = hidden.shape[0]
     workspace = workspace or Workspace(n_tokens, weight, chunk_tokens)
@@ -119,55 +142,84 @@ def linear_cross_entropy_with_grads(
     if need_grads and dweight is None:
         dweight = torch.zeros(weight.shape, dtype=workspace.stats_dtype, device=weight.device)
 
-    token_scale = (targets != ignore_index).to(workspace.stats_dtype) * grad_scale  # (t,), 0 where ignored
+    places = _place(targets, weight, vocab_start, grad_scale, ignore_index, workspace.stats_dtype)
     for begin in range(0, n_tokens, chunk_tokens):
         chunk = slice(begin, min(begin + chunk_tokens, n_tokens))
         logits = workspace.chunk_logits[: chunk.stop - begin]  # (c, V)
         torch.mm(hidden[chunk], weight.t(), out=logits)
-        for first in range(0, logits.shape[0], workspace.n_rows):
-            rows = logits[first : first + workspace.n_rows]
-            here = slice(begin + first, begin + first + rows.shape[0])
-            wide = workspace.widened(rows)
-            valid = targets[here] != ignore_index
-            losses[here], correct[here] = _rows_to_gradient(
-                wide, targets[here], valid, token_scale[here], vocab_start, split, need_grads
-            )
-            if need_grads and wide is not rows:
-                rows.copy_(wide)
+        in_chunk = _Places(*(values[chunk] for values in places))
+        losses[chunk], correct[chunk] = _logits_to_gradient(logits, in_chunk, workspace, split, need_grads)
         if need_grads:
             torch.mm(logits, weight, out=dhidden[chunk])
             _accumulate(dweight, logits, hidden[chunk])
 
-    count = (targets != ignore_index).sum()
-    return LinearCrossEntropyResult(TokenLosses(losses.sum(), count, correct.sum()), dhidden, dweight)
+    return LinearCrossEntropyResult(TokenLosses(losses.sum(), places.valid.sum(), correct.sum()), dhidden, dweight)
 
 
-def _rows_to_gradient(
-    logits: Tensor,
+class _Places(NamedTuple):
+    """Where the tokens' targets are among a slice's rows, and what their gradients are multiplied by."""
+
+    valid: Tensor  # (t,) bool; not ignored
+    here: Tensor  # (t,) bool; valid and in this slice
+    index: Tensor  # (t,) int64; 0 stands in where the target is not here
+    scale: Tensor  # (t,) in the statistics' dtype; 0 where ignored
+
+
+def _place(
     targets: Tensor,
-    valid: Tensor,
-    scale: Tensor,
+    weight: Tensor,
     vocab_start: int,
-    split: VocabSplit,
-    need_grads: bool,
-) -> tuple[Tensor, Tensor]:
-    """Turn logits (r, V) into ``scale * dloss/dlogits`` in place; return losses (r,) and correct (r,)."""
-    local = targets - vocab_start
-    here = valid & (local >= 0) & (local < logits.shape[1])
-    index = local.where(here, 0).unsqueeze(1)  # (r, 1); column 0 stands in where the target is not here
-    local_max = logits.amax(1)
-    target_logit = split.all_sum(logits.gather(1, index).squeeze(1).where(here, 0))
-    largest = split.all_max(local_max)
+    grad_scale: float | Tensor,
+    ignore_index: int,
+    stats_dtype: torch.dtype,
+) -> _Places:
+    valid, local = targets != ignore_index, targets - vocab_start
+    here = valid & (local >= 0) & (local < weight.shape[0])
+    scale = (valid.to(stats_dtype) * grad_scale).to(stats_dtype)
+    return _Places(valid, here, local.where(here, 0), scale)
 
-    # The softmax of this slice, in place. At the largest logit its value is 1 / sum(exp(logit - max)): the
-    # slice's log-sum-exp follows without a pass of its own, exact to rounding since 1/V <= p_max <= 1.
-    probabilities = torch.softmax(logits, 1, out=logits)
-    local_lse = local_max - probabilities.amax(1).log()
-    lse = largest + split.all_sum((local_lse - largest).exp()).log()
+
+def _logits_to_gradient(
+    logits: Tensor, places: _Places, workspace: Workspace, split: VocabSplit, need_grads: bool
+) -> tuple[Tensor, Tensor]:
+    """Turn a chunk's logits (c, V) into ``scale * dloss/dlogits`` in place; return losses (c,) and correct (c,).
+
+    Statistics are relative to the largest logit: their rounding does not grow with the logits.
+    """
+    valid, here, index, scale = places
+    whole = isinstance(split, WholeVocab)
+    blocks = [slice(first, first + workspace.n_rows) for first in range(0, logits.shape[0], workspace.n_rows)]
+    tokens = torch.arange(logits.shape[0], device=logits.device)
+    target_logit = logits[tokens, index].to(workspace.stats_dtype).where(here, 0)
+    local_max, local_top = target_logit.new_empty(2, logits.shape[0])
+    for block in blocks:
+        rows = logits[block]
+        wide = workspace.widened(rows)
+        torch.amax(wide, 1, out=local_max[block])
+        torch.softmax(wide, 1, out=wide)
+        torch.amax(wide, 1, out=local_top[block])
+        if need_grads:
+            if whole:
+                wide.mul_(scale[block].unsqueeze(1))
+            if wide is not rows:
+                rows.copy_(wide)
+
+    # At the largest logit the softmax is 1 / sum(exp(logit - max)): the sum needs no exponentials of its own, and is
+    # exact to rounding since 1/V <= top <= 1.
+    largest = split.all_max(local_max.clone())
+    local_sum = (local_max - largest).exp() / local_top
+    exp_sum, target_logit = split.all_sum(torch.stack([local_sum, target_logit]))
+    losses = exp_sum.log() - (target_logit - largest)
     if need_grads:
-        probabilities.mul_(((local_lse - lse).exp() * scale).unsqueeze(1))
-        probabilities.scatter_add_(1, index, -(scale * here).unsqueeze(1))
-    return (lse - target_logit).where(valid, 0), valid & (target_logit >= largest)
+        if not whole:  # this slice's own softmax becomes its part of the whole one
+            share = local_sum / exp_sum * scale
+            for block in blocks:
+                workspace.scale_rows(logits[block], share[block])
+        # p - 1 at the target, from the statistics: of a p near 1 the logits' dtype may have rounded it away.
+        # By index: on a CPU a bf16 ``scatter_`` widens the whole chunk and narrows it again.
+        exact = (torch.expm1(-losses) * scale).to(logits.dtype)
+        logits[tokens, index] = exact.where(here, logits[tokens, index])
+    return losses.where(valid, 0), valid & (target_logit >= largest)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -189,6 +241,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, **opti
     """``linear_cross_entropy_with_grads`` as a differentiable function; the same options except the gradients' own.
 
     The loss is a plain sum; weigh it after, or per token with ``grad_scale`` (which then scales gradients only).
+    With ``split`` the loss is the same on every rank and hidden's gradient is the slice's part of it: whatever made
+    hidden must sum its gradient over the ranks.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         token_scale = options.pop("grad_scale", 1.0)
@@ -228,10 +282,10 @@ def _accumulate(dweight: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
         rows.add_(columns.t() @ hidden)
 
 
-def _refuse_foreign_targets(targets: Tensor, weight: Tensor, split: VocabSplit, ignore_index: int) -> None:
+def _refuse_foreign_targets(targets: Tensor, vocab_size: int | None, ignore_index: int) -> None:
     """A target beyond the vocabulary would silently get a loss with target logit 0; on a GPU the look would stall."""
-    if targets.device.type != "cpu" or not isinstance(split, WholeVocab) or targets.numel() == 0:
+    if targets.device.type != "cpu" or vocab_size is None or targets.numel() == 0:
         return
-    foreign = (targets != ignore_index) & ((targets < 0) | (targets >= weight.shape[0]))
+    foreign = (targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))
     if foreign.any():
-        raise IndexError(f"target {targets[foreign][0].item()} is outside of the vocabulary of {weight.shape[0]}")
+        raise IndexError(f"target {targets[foreign][0].item()} is outside of the vocabulary of {vocab_size}")

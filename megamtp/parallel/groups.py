@@ -9,6 +9,7 @@ import torch.distributed as dist
 from pydantic import Field
 
 from megamtp.config import config_dataclass, option
+from megamtp.parallel.tensor import TensorParallel
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -34,8 +35,8 @@ class ParallelConfig:
     def __post_init__(self):
         if self.pipeline > 1 and self.zero_stage > 1:
             raise ValueError(
-                f"parallel.zero_stage {self.zero_stage} does not go with parallel.pipeline {self.pipeline}: the pipeline "
-                "accumulates whole gradients over its micro-batches; use zero_stage 0 or 1, or pipeline 1"
+                f"parallel.zero_stage {self.zero_stage} does not go with parallel.pipeline {self.pipeline}: "
+                "the pipeline accumulates whole gradients over its micro-batches; use zero_stage 0 or 1, or pipeline 1"
             )
         if self.pipeline == 1 and self.schedule == "dualpipev":
             raise ValueError("parallel.schedule dualpipev needs parallel.pipeline of 2 or more; use 1f1b")
@@ -54,6 +55,17 @@ class ParallelConfig:
         """Pieces that the list of layers is cut into; DualPipeV gives each rank two."""
         return self.pipeline * (2 if self.schedule == "dualpipev" else 1)
 
+    def data_parallel(self, world_size: int) -> int:
+        """DP size: what is left of ``world_size``. ``ValueError`` where nothing fits."""
+        model = self.tensor * self.pipeline
+        if world_size % model:
+            raise ValueError(
+                f"{world_size} ranks do not make whole replicas of parallel.tensor {self.tensor} x "
+                f"parallel.pipeline {self.pipeline} = {model} ranks; start {-(-world_size // model) * model} ranks, "
+                "or change the layout"
+            )
+        return world_size // model
+
     @property
     def sequence_parallel(self) -> bool:
         return self.tensor > 1 if self.sequence is None else self.sequence
@@ -61,7 +73,10 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class ProcessGrid:
-    """Which process this is. ``dp`` counts the data-parallel replicas."""
+    """Which process this is, and its neighbours along each dimension of the layout.
+
+    Ranks count TP first, then DP, then PP: the chattiest neighbours are nearest (DeepSpeed's order, too).
+    """
 
     rank: int
     world_size: int
@@ -70,15 +85,61 @@ class ProcessGrid:
     dp_rank: int
     dp_size: int
     dp_group: dist.ProcessGroup
+    pp_rank: int
+    pp_size: int
+    tensor: TensorParallel
+    model_rank: int  # among the ranks that together hold one replica
+    model_group: dist.ProcessGroup  # those
+
+    @classmethod
+    def build(
+        cls, parallel: ParallelConfig, kv_heads: int, *, rank: int, world_size: int, local_rank: int, device
+    ) -> "ProcessGrid":
+        """Create this process's groups. Every rank calls it. ``ValueError`` for a world that does not fit."""
+        dp_size = parallel.data_parallel(world_size)
+        tp_size, pp_size = parallel.tensor, parallel.pipeline
+        ranks = torch.arange(world_size).view(pp_size, dp_size, tp_size)
+        pp_rank, dp_rank, tp_rank = (index.item() for index in (ranks == rank).nonzero()[0])
+
+        def group(members: torch.Tensor) -> dist.ProcessGroup:
+            members = members.flatten().tolist()
+            if len(members) == world_size:
+                return dist.group.WORLD
+            return dist.new_group(members, use_local_synchronization=True)
+
+        replicas = max(1, tp_size // kv_heads)
+        tp_ranks = ranks[pp_rank, dp_rank]
+        kv_start = tp_rank // replicas * replicas
+        return cls(
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            device=device,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+            dp_group=group(ranks[pp_rank, :, tp_rank]),
+            pp_rank=pp_rank,
+            pp_size=pp_size,
+            tensor=TensorParallel(
+                rank=tp_rank,
+                size=tp_size,
+                group=group(tp_ranks),
+                sequence_parallel=parallel.sequence_parallel,
+                kv_group=group(tp_ranks[kv_start : kv_start + replicas]) if replicas > 1 else None,
+                kv_replicas=replicas,
+            ),
+            model_rank=pp_rank * tp_size + tp_rank,
+            model_group=group(ranks[:, dp_rank]),
+        )
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum_over_dp(self, values: torch.Tensor) -> torch.Tensor:
-        """All-reduce ``values`` in place over the data-parallel ranks."""
-        if self.dp_size > 1:
-            dist.all_reduce(values, group=self.dp_group)
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """All-reduce ``values`` in place over the whole world."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
         return values
 
 

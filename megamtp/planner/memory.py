@@ -1,15 +1,19 @@
 """Bytes that one rank needs for a training step, before it is launched."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megamtp.model.cost import parameters
+from megamtp.model.cost import kv_width, layer_parameters, share, table_parameters
 from megamtp.model.heads import HeadsConfig
 from megamtp.model.transformer import ModelConfig
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank, by purpose. Allocator slack and libraries are not in it."""
+    """Bytes on one rank, by purpose.
+
+    Allocator slack, libraries, buffers of collectives and the layers that ZeRO-3 gathers are not in it.
+    """
 
     weights: int
     gradients: int
@@ -22,6 +26,29 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations + self.loss_buffers
 
 
+@dataclass(frozen=True)
+class HeldLayers:
+    """The layers ``begin : end`` of [embedding, trunk blocks, heads], ``in_flight`` micro-batches at a time."""
+
+    begin: int
+    end: int
+    in_flight: int = 1
+
+
+def micro_batches_in_flight(stage: int, n_stages: int, micro_batches: int) -> int:
+    """Micro-batches that are forward but not yet backward on a stage, at most; DualPipeV has 2 x pipeline stages.
+
+    Exact for DeepSpeed's ``TrainSchedule`` (1F1B). Of ``DualPipeVSchedule`` it is the peak of each of the two stages
+    of a rank, 2P - r and r + 1; they coincide when rank r has just run one forward pass in its main loop.
+    """
+    return min(n_stages - stage, micro_batches)
+
+
+def heads_mode(heads: HeadsConfig, zero_stage: int) -> str:
+    """The mode that ``heads.mode: null`` stands for."""
+    return heads.mode or ("joint" if zero_stage == 3 else "sequential")
+
+
 def estimate_memory(
     config: ModelConfig,
     heads: HeadsConfig,
@@ -31,29 +58,85 @@ def estimate_memory(
     precision: str,
     zero_stage: int,
     dp_size: int,
+    micro_batches: int = 1,
+    recompute: str = "none",
+    tensor: int = 1,
+    sequence_parallel: bool = False,
+    offload_optimizer: bool = False,
+    held: Sequence[HeldLayers] | None = None,
 ) -> MemoryEstimate:
-    """Peak of a training step without recomputation."""
-    count = parameters(config).total
-    width = 4 if precision == "fp32" else 2
-    # ZeRO-1 keeps its own fp32 masters and two moments, 1/dp of each; ZeRO-0 updates the weights in place.
-    shards = dp_size if zero_stage else 1
-    optimizer = (12 if zero_stage else 8) * count // shards
-    gradients = (width + (4 if precision == "bf16" else 0)) * count
-    tokens = seq_len * micro_batch_size
-    live_blocks = config.n_trunk_layers + (1 if heads.mode == "sequential" else config.n_future_tokens)
-    activations = live_blocks * tokens * block_activation_values(config) * width
-    chunk = tokens * config.n_future_tokens if heads.mode == "naive" else min(tokens, heads.chunk_tokens)
-    # fp32 logits (and their copy in the GEMM's dtype); naive keeps logits, log-softmax and their gradient.
-    per_logit = 12 if heads.mode == "naive" else 4 + (2 if width == 2 else 0)
-    loss = chunk * config.vocab_size * per_logit
-    return MemoryEstimate(width * count, gradients, optimizer, activations, loss)
+    """Peak of a training step on a rank that holds the layers ``held``, split over ``tensor`` ranks.
 
-
-def block_activation_values(config: ModelConfig) -> int:
-    """Values per token that one block keeps for its backward pass.
-
-    Norm inputs and outputs and both residual sums (6 dim), q, k before and after rotary, v, the attention's output,
-    and gate, silu(gate), up and their product.
+    ``held`` defaults to the whole model. ``micro_batches`` is the rank's number per optimizer step. With
+    ``offload_optimizer`` the optimizer's states are in host memory and count 0 here.
     """
-    kv = config.kv_heads * config.head_dim
-    return 6 * config.dim + 3 * config.dim + 3 * kv + 4 * config.hidden_dim
+    mode = heads_mode(heads, zero_stage)
+    held = held or [HeldLayers(0, config.n_trunk_layers + 2)]
+    holds_heads = any(part.end == config.n_trunk_layers + 2 for part in held)
+    layers = layer_parameters(config, tensor)
+    count = sum(sum(layers[part.begin : part.end]) for part in held)
+    width = 4 if precision == "fp32" else 2
+    tokens = seq_len * micro_batch_size
+
+    weights = width * count // (dp_size if zero_stage == 3 else 1)
+    # bf16: the micro-batch's own in bf16, their sum in fp32.
+    gradients = (width + (4 if precision == "bf16" else 0)) * count // (dp_size if zero_stage >= 2 else 1)
+    # ZeRO-1 keeps its own fp32 masters and two moments, 1/dp of each; ZeRO-0 updates the weights in place.
+    optimizer = 0 if offload_optimizer else (12 if zero_stage else 8) * count // (dp_size if zero_stage else 1)
+
+    kept = block_activation_values(config, recompute, tensor, sequence_parallel)
+    values = sum(part.in_flight * _trunk_blocks(config, part) for part in held) * kept
+    # One block at a time: the one that is computed again, or (sequential) the one head that runs.
+    whole_block = block_activation_values(config, "none", tensor, sequence_parallel)
+    at_a_time = whole_block if recompute == "full" else 0
+
+    loss_buffers = 0
+    if holds_heads:
+        final_norm = 2 * _between_layers(config, tensor, sequence_parallel)  # its input, and that normalised
+        if mode == "sequential":
+            at_a_time = whole_block + final_norm
+        else:
+            # joint: and the heads' hidden states side by side, and their gradients.
+            hidden = 2 * config.dim if mode == "joint" else 0
+            values += config.n_future_tokens * (kept + final_norm + hidden)
+        loss_buffers = _logit_bytes(config, heads, mode, tokens, width, tensor)
+        table = table_parameters(config, tensor)
+        if precision == "bf16" and mode != "naive":
+            loss_buffers += 4 * table  # the unembedding's gradient is summed in fp32
+        # Stored from the heads' forward pass to backward, beside what earlier micro-batches left (or ZeRO's share).
+        if micro_batches > 1 or zero_stage >= 2:
+            gradients += width * {"sequential": layers[-1], "joint": table, "naive": 0}[mode]
+    return MemoryEstimate(weights, gradients, optimizer, tokens * (values + at_a_time) * width, loss_buffers)
+
+
+def block_activation_values(
+    config: ModelConfig, recompute: str = "none", tensor: int = 1, sequence_parallel: bool = False
+) -> int:
+    """Values per token that one of ``tensor`` ranks keeps of one block for its backward pass.
+
+    Held between layers, whole or a slice of the sequence: norm inputs and outputs and both residual sums (6 dim).
+    Split: q, k before and after rotary, v, the attention's output, and gate, silu(gate), up and their product.
+    Full recomputation keeps the block's input alone. Selective drops the attention's scores, which fused attention
+    never writes: they are counted nowhere.
+    """
+    between = _between_layers(config, tensor, sequence_parallel)
+    if recompute == "full":
+        return between
+    attention = 3 * share(config.dim, tensor) + 3 * kv_width(config, tensor)
+    return 6 * between + attention + 4 * share(config.hidden_dim, tensor)
+
+
+def _between_layers(config: ModelConfig, tensor: int, sequence_parallel: bool) -> int:
+    return share(config.dim, tensor) if sequence_parallel else config.dim
+
+
+def _trunk_blocks(config: ModelConfig, part: HeldLayers) -> int:
+    return max(0, min(part.end, config.n_trunk_layers + 1) - max(part.begin, 1))
+
+
+def _logit_bytes(config: ModelConfig, heads: HeadsConfig, mode: str, tokens: int, width: int, tensor: int) -> int:
+    """fp32 logits (and their copy in the GEMM's dtype); naive keeps logits, log-softmax and their gradient."""
+    rows = min(config.vocab_size, share(config.padded_vocab_size, tensor))
+    if mode == "naive":
+        return tokens * config.n_future_tokens * rows * 12
+    return min(tokens, heads.chunk_tokens) * rows * (4 + (2 if width == 2 else 0))

@@ -4,32 +4,30 @@
     checkpoints/step-00000100/manifest.json            what is where, sizes, checksums, and the rest of the state
     checkpoints/latest                                 name of the newest complete checkpoint
 
-A fragment ``weight/layers.0.attention.wq.weight/1024`` is a flat fp32 range of the logical tensor that starts at
-element 1024. Files are written into a temporary folder, which gets its name when all are synced: a checkpoint
-is complete or it is not there.
+A fragment ``weight/layers.0.attention.wo.weight/64-128/1024`` is a flat fp32 range of the columns 64 to 127 of the
+logical tensor; it starts at element 1024 of that band (see ``pieces``). Files are written into a temporary folder,
+which gets its name when all are synced: a checkpoint is complete or it is not there.
 """
 
-import hashlib
 import json
-import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from megamtp.engine.engine import Engine
 from megamtp.engine.fragments import Fragment, fragments, fragments_changed, optimizer_steps
 from megamtp.errors import UserError
 from megamtp.files import sync_folder, write_atomic
 from megamtp.training.faults import fail_together
+from megamtp.training.pieces import find_pieces, merge_pieces, read_pieces, sha256, write_pieces
 
 FORMAT = "megamtp-checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST_KEYS = {"step", "optimizer_steps", "model", "state", "files", "tensors"}
 
 
@@ -49,24 +47,23 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)  # left behind by a crash
             temporary.mkdir(parents=True)
     with fail_together(grid, OSError, UserError):
-        entry = _write_fragments(temporary / f"rank-{grid.rank:05d}.safetensors", engine)
+        entry = write_pieces(temporary / f"rank-{grid.rank:05d}.safetensors", fragments(engine))
     entries: list[Any] = [None] * grid.world_size
     dist.all_gather_object(entries, entry)
     with fail_together(grid, OSError, UserError):
         if grid.is_main:
-            manifest = {
-                "format": FORMAT,
-                "version": VERSION,
-                "step": step,
-                "optimizer_steps": optimizer_steps(engine),
-                "model": model_config,
-                "state": state,
-                "files": {entry["file"]: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for entry in entries},
-                "tensors": _merge_pieces(entries),
-            }
+            manifest = make_manifest(
+                entries, step=step, optimizer_steps=optimizer_steps(engine), model=model_config, state=state
+            )
             _publish(folder, temporary, final, manifest)
             _remove_old(folder, keep)
     return final
+
+
+def make_manifest(entries: list[dict[str, Any]], **rest: Any) -> dict[str, Any]:
+    """The manifest of the files whose ``entries`` ``write_pieces`` has returned; ``rest`` goes in as it is."""
+    files = {entry["file"]: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for entry in entries}
+    return {"format": FORMAT, "version": VERSION, **rest, "files": files, "tensors": merge_pieces(entries)}
 
 
 def _publish(folder: Path, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
@@ -113,7 +110,7 @@ class Checkpoint:
         if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
             raise UserError(
                 f"{file}: format {manifest.get('format')!r} version {manifest.get('version')!r}; "
-                f"this program reads {FORMAT!r} version {VERSION}"
+                f"this program reads {FORMAT!r} version {VERSION}; read it with the program that wrote it"
             )
         if not MANIFEST_KEYS <= manifest.keys():
             missing = ", ".join(sorted(MANIFEST_KEYS - manifest.keys()))
@@ -137,99 +134,48 @@ class Checkpoint:
     def verify(self, names: list[str] | None = None) -> None:
         """Compare checksums of ``names`` (default: all files). ``UserError`` for a file that has changed."""
         for name in names if names is not None else self.manifest["files"]:
-            if _sha256(self.path / name) != self.manifest["files"][name]["sha256"]:
+            if sha256(self.path / name) != self.manifest["files"][name]["sha256"]:
                 raise UserError(f"{self.path / name}: damaged, its checksum is wrong; use an earlier checkpoint")
 
-    def read(self, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened logical tensor ``name``: fp32 (stop - start,).
+    def read(self, name: str, kind: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> torch.Tensor:
+        """Elements [start, stop) of ``columns`` (default: all) of the logical tensor ``name``: fp32 (stop - start,).
 
-        ``kind`` is "weight", "exp_avg" or "exp_avg_sq". Raises ``UserError`` where the pieces do not cover the range.
+        ``kind`` is "weight", "exp_avg" or "exp_avg_sq"; the elements are counted row by row inside the band of
+        columns. Raises ``UserError`` where the pieces do not hold each of them once.
         """
         out = torch.empty(stop - start)
-        covered = 0
-        for piece in self.manifest["tensors"][name]["pieces"]:
-            low, high = max(start, piece["start"]), min(stop, piece["stop"])
-            if low >= high:
-                continue
-            try:
-                with safe_open(self.path / piece["file"], "pt") as file:
-                    tensor = file.get_slice(_key(kind, name, piece["start"]))
-                    out[low - start : high - start] = tensor[low - piece["start"] : high - piece["start"]]
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{self.path / piece['file']}: cannot be read: {error}") from None
-            covered += high - low
-        if covered != stop - start:
-            raise UserError(f"{self.path}: {name} [{start}, {stop}) is not wholly there; use an earlier checkpoint")
+        shape = tuple(self.manifest["tensors"][name]["shape"])
+        self.read_into([Fragment(name, shape, start, {kind: out}, is_owner=False, columns=columns)])
         return out
+
+    def read_into(self, wanted: Iterable[Fragment]) -> None:
+        """Fill the fragments' tensors. ``UserError`` where the pieces do not hold each element once."""
+        read_pieces(self.path, self.manifest["tensors"], wanted)
 
     def tensor(self, name: str, kind: str = "weight") -> torch.Tensor:
         """One whole logical tensor, fp32, in its shape."""
         shape = self.manifest["tensors"][name]["shape"]
         return self.read(name, kind, 0, torch.Size(shape).numel()).view(shape)
 
-    def files_of(self, wanted: list[Fragment]) -> list[str]:
-        """The files that hold any part of ``wanted``."""
-        files = {
-            piece["file"]
-            for fragment in wanted
-            for piece in self.manifest["tensors"][fragment.name]["pieces"]
-            if piece["start"] < fragment.stop and fragment.start < piece["stop"]
-        }
-        return sorted(files)
+    def files_of(self, wanted: Iterable[Fragment]) -> list[str]:
+        """The files that hold any part of ``wanted``. ``UserError`` where some part is in none, or in two."""
+        return sorted(find_pieces(self.path, self.manifest["tensors"], wanted))
 
     def load_into(self, engine: Engine) -> None:
         """Give the engine the checkpoint's weights and optimizer states; each rank reads its own part.
 
-        Every rank calls it. Raises ``UserError`` on all of them where one finds its part damaged.
+        Every rank calls it. Raises ``UserError`` on all of them where one finds its part damaged or of other shapes.
         """
         held = list(fragments(engine))
-        names = {fragment.name: list(fragment.shape) for fragment in held}
-        saved = {name: tensor["shape"] for name, tensor in self.manifest["tensors"].items()}
-        for name, shape in names.items():
-            if saved.get(name) != shape:
-                raise UserError(f"{self.path}: {name} has shape {saved.get(name)} there and {shape} in this model")
         with fail_together(engine.grid):
-            self.verify(self.files_of(held))
             for fragment in held:
-                for kind, tensor in fragment.tensors.items():
-                    tensor.copy_(self.read(fragment.name, kind, fragment.start, fragment.stop))
+                saved = self.manifest["tensors"].get(fragment.name, {}).get("shape")
+                if saved != (shape := list(fragment.shape)):
+                    raise UserError(f"{self.path}: {fragment.name} has shape {saved} there and {shape} in this model")
+            # The ranks share the files out: each is read once for this, however many ranks need a part of it.
+            self.verify(sorted(self.manifest["files"])[engine.grid.rank :: engine.grid.world_size])
+            self.read_into(held)
         fragments_changed(engine, self.manifest["optimizer_steps"])
-
-
-def _write_fragments(path: Path, engine: Engine) -> dict[str, Any]:
-    tensors, pieces = {}, []
-    for fragment in fragments(engine):
-        if not fragment.is_owner:
-            continue
-        for kind, tensor in fragment.tensors.items():
-            tensors[_key(kind, fragment.name, fragment.start)] = tensor.detach().cpu()
-        pieces.append((fragment.name, list(fragment.shape), fragment.start, fragment.stop))
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # what a full disk becomes
-        raise OSError(f"{path}: not written: {error}") from error
-    with open(path, "rb+") as file:
-        # safetensors leaves the data in the page cache.
-        os.fsync(file.fileno())
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path), "pieces": pieces}
-
-
-def _merge_pieces(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    tensors: dict[str, Any] = {}
-    for entry in entries:
-        for name, shape, start, stop in entry["pieces"]:
-            tensor = tensors.setdefault(name, {"shape": shape, "pieces": []})
-            tensor["pieces"].append({"file": entry["file"], "start": start, "stop": stop})
-    return tensors
-
-
-def _key(kind: str, name: str, start: int) -> str:
-    return f"{kind}/{name}/{start}"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove_old(folder: Path, keep: int) -> None:

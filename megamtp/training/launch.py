@@ -36,7 +36,7 @@ def pretrain(config: RunConfig, dry_run: bool = False) -> int:
 
     from megamtp.engine.launch import start_processes, stop_processes
 
-    grid = start_processes()
+    grid = start_processes(config.parallel, config.model.kv_heads)
     code = train(config, grid)
     stop_processes()
     return code

@@ -12,11 +12,11 @@ from megamtp.config import dump
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.loader import Batch, DataConfig, Loader, validation_batches
 from megamtp.data.samples import Samples
-from megamtp.engine.engine import Engine, ModelInputs
+from megamtp.engine.build import build_engine
+from megamtp.engine.engine import ModelInputs
 from megamtp.errors import UserError
 from megamtp.files import write_atomic
 from megamtp.model.cost import train_flops_per_token
-from megamtp.model.model import build_model
 from megamtp.parallel.groups import ProcessGrid
 from megamtp.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from megamtp.training.faults import StopRequest, fail_together
@@ -68,15 +68,18 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
         checkpoint.require_model(asdict(config.model))
         loader.load_state_dict(checkpoint.manifest["state"]["loader"])
 
-    model = build_model(config.model, config.heads, config.ops, seed=None if checkpoint else training.seed)
-    engine = Engine(
-        model.to(grid.device),
+    engine = build_engine(
+        config.model,
+        config.heads_of_layout,
+        config.ops,
         grid=grid,
         parallel=config.parallel,
         optimizer=config.optimizer,
         precision=training.precision,
         micro_batch_size=training.micro_batch_size,
-        micro_batches=training.global_batch_size // (training.micro_batch_size * grid.dp_size),
+        micro_batches=config.micro_batches(grid.world_size),
+        seq_len=config.data.seq_len,
+        seed=None if checkpoint else training.seed,
     )
     step, counters = 0, {"tokens": 0, "skipped_steps": 0}
     if checkpoint:

@@ -29,7 +29,7 @@ def reduce_heads(sums: Tensor, counts: Tensor, correct: Tensor, grid: ProcessGri
 
     A head without a single valid target gets NaN.
     """
-    totals = grid.sum_over_dp(torch.stack([sums.double(), counts.double(), correct.double()])).cpu()
+    totals = grid.sum_over_ranks(torch.stack([sums.double(), counts.double(), correct.double()])).cpu()
     losses, accuracies = (totals[0] / totals[1]).tolist(), (totals[2] / totals[1]).tolist()
     return HeadMetrics(losses, accuracies, int(totals[1, 0]))
 

@@ -1,5 +1,6 @@
 """The whole config of a run: the dataclasses of the rooms, composed, and what only holds between them."""
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -7,10 +8,11 @@ from pydantic import Field
 from megamtp.config import REQUIRED, config_dataclass, option
 from megamtp.data.loader import DataConfig
 from megamtp.engine.optimizer import OptimizerConfig
+from megamtp.model.cut import choose_cut
 from megamtp.model.heads import HeadsConfig
-from megamtp.model.model import OpsConfig
-from megamtp.model.transformer import ModelConfig
+from megamtp.model.transformer import ModelConfig, OpsConfig
 from megamtp.parallel.groups import ParallelConfig
+from megamtp.parallel.tensor import split_range
 from megamtp.training.schedule import ScheduleConfig
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -53,9 +55,10 @@ class RunConfig:
         weights, n = self.heads.loss_weights, self.model.n_future_tokens
         if weights is not None and len(weights) != n:
             raise ValueError(f"heads.loss_weights has {len(weights)} entries; model.n_future_tokens is {n}")
+        self._check_layout()
         if self.training.precision == "bf16" and self.parallel.zero_stage == 0:
             raise ValueError(
-                "training.precision bf16 needs parallel.zero_stage 1, which keeps the fp32 master weights; "
+                "training.precision bf16 needs parallel.zero_stage 1 or more, which keeps fp32 master weights; "
                 "use --parallel.zero_stage 1 or --training.precision fp32"
             )
         if self.schedule.warmup_steps > self.training.steps:
@@ -66,3 +69,53 @@ class RunConfig:
             raise ValueError(
                 f"schedule.decay_steps {self.schedule.decay_steps} ends before warm-up, at {self.schedule.warmup_steps}"
             )
+
+    @property
+    def heads_of_layout(self) -> HeadsConfig:
+        """``heads`` with its mode resolved: sequential, or joint where ZeRO-3 has partitioned the parameters."""
+        default = "joint" if self.parallel.zero_stage == 3 else "sequential"
+        return replace(self.heads, mode=self.heads.mode or default)
+
+    def _check_layout(self) -> None:
+        model, tp, stages = self.model, self.parallel.tensor, self.parallel.stages
+        if model.n_heads % tp:
+            raise ValueError(
+                f"model.n_heads {model.n_heads} does not divide by parallel.tensor {tp}; use a divisor of n_heads"
+            )
+        if model.kv_heads % tp and tp % model.kv_heads:
+            raise ValueError(
+                f"parallel.tensor {tp} must divide model.n_kv_heads {model.kv_heads} or be a multiple of it"
+            )
+        if model.hidden_dim % tp:
+            raise ValueError(f"model.ffn_dim {model.hidden_dim} does not divide by parallel.tensor {tp}")
+        last_start = split_range(model.padded_vocab_size, tp, tp - 1)[0]
+        if last_start >= model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size {model.vocab_size} leaves tensor-parallel rank {tp - 1} with padding only; "
+                "use a smaller model.vocab_multiple or parallel.tensor"
+            )
+        if self.parallel.sequence_parallel and self.data.seq_len % tp:
+            raise ValueError(
+                f"data.seq_len {self.data.seq_len} does not divide by parallel.tensor {tp}; use a multiple, or "
+                "--parallel.sequence false"
+            )
+        if tp > 1 and self.heads.mode == "naive":
+            raise ValueError("heads.mode naive needs whole logits, so parallel.tensor 1; use sequential or joint")
+        if self.parallel.zero_stage == 3 and self.heads.mode == "sequential":
+            raise ValueError(
+                "heads.mode sequential does not go with parallel.zero_stage 3, whose parameters are partitioned when "
+                "the heads' own backward needs them; use joint or leave it out"
+            )
+        if stages > 1:
+            choose_cut(model, "sequential", self.parallel, self.data.seq_len, self.ops.recompute)
+
+    def micro_batches(self, world_size: int) -> int:
+        """Of one step on each data-parallel rank. ``ValueError`` where the layout or the schedule does not fit."""
+        dp_size, training = self.parallel.data_parallel(world_size), self.training
+        count = training.global_batch_size // (training.micro_batch_size * dp_size)
+        if self.parallel.schedule == "dualpipev" and count < 2 * self.parallel.pipeline:
+            raise ValueError(
+                f"training: {count} micro-batches a step are too few for dualpipev, which needs 2 x parallel.pipeline "
+                f"= {2 * self.parallel.pipeline}; raise global_batch_size, lower micro_batch_size, or use 1f1b"
+            )
+        return count

@@ -132,8 +132,8 @@ def engine_training(grid, case: Case) -> list[Step]:
         )
         inputs = [{"tokens": t, "targets": y, "positions": None, "document_ids": None} for t, y in pairs]
         result = engine.train_step(inputs, RATES[step])
-        counts = grid.sum_over_dp(result.counts.clone())
-        losses = grid.sum_over_dp(result.sums.clone()) / counts
+        counts = grid.sum_over_ranks(result.counts.clone())
+        losses = grid.sum_over_ranks(result.sums.clone()) / counts
         module = {name: p.detach().clone() for name, p in logical_parameters(engine.module)}
         steps.append(Step(losses, counts, result.grad_norm, result.skipped, whole_state(engine, grid), module))
     return steps
@@ -153,7 +153,7 @@ def whole_state(engine: Engine, grid) -> dict[str, dict[str, Tensor]]:
                 state[kind][fragment.name][fragment.start : fragment.stop] = tensor
     for tensors in state.values():
         for tensor in tensors.values():
-            grid.sum_over_dp(tensor)
+            grid.sum_over_ranks(tensor)
     return state
 
 

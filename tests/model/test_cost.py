@@ -4,8 +4,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megamtp.model import cost
 from megamtp.model.heads import HeadsConfig
-from megamtp.model.model import MultiTokenModel, OpsConfig, build_model, logical_parameters
-from megamtp.model.transformer import ModelConfig
+from megamtp.model.model import MultiTokenModel, build_model, logical_parameters
+from megamtp.model.transformer import ModelConfig, OpsConfig
+from megamtp.parallel.tensor import TensorParallel
 from tests.model.llama import micro_batch, small_config
 
 # dim, layers, heads and the training time relative to n = 1 that the unembeddings alone predict, n = 2 and n = 4.
@@ -17,6 +18,7 @@ PAPER = {
     "6.7B": (4096, 32, 32, 1.02, 1.06),
     "13B": (5120, 40, 40, 1.01, 1.04),
 }
+RECOMPUTE = ("none", "selective", "full")
 SIZES = pytest.mark.parametrize("size", PAPER)
 
 
@@ -50,6 +52,19 @@ def test_parameters_are_those_of_the_model(overrides):
     assert cost.block_parameters(config) == of("layers.0.")
 
 
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+def test_layers_parameters_are_those_of_the_first_rank(tensor, n_kv_heads):
+    """The first rank holds the larger parts where a split is uneven, as 50 rows over 4 ranks are."""
+    config = small_config(n_layers=6, n_future_tokens=2, n_kv_heads=n_kv_heads, vocab_multiple=1, ffn_dim=26)
+    tp = TensorParallel(rank=0, size=tensor, kv_replicas=max(1, tensor // n_kv_heads))
+    with torch.device("meta"):
+        model = MultiTokenModel(config, tp=tp)
+    layers = [model.tok_embeddings, *model.layers, model.output_heads]
+    held = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    assert cost.layer_parameters(config, tensor) == held
+
+
 @SIZES
 def test_paper_sizes(size):
     """n heads cost no parameter, and each model has about the size that it is named after."""
@@ -77,6 +92,44 @@ def test_train_flops_against_pytorchs_counter(overrides):
     assert counter.get_total_flops() / (b * s) == pytest.approx(
         cost.train_flops_per_token(config, s) + unused, rel=0.01
     )
+
+
+@pytest.mark.parametrize("mode", ["joint", "naive"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_layers_flops_against_pytorchs_counter(recompute, mode):
+    config = small_config(vocab_size=100, vocab_multiple=1, dim=64, ffn_dim=160, n_layers=5, n_future_tokens=2)
+    b, s = 2, 24
+    ops = OpsConfig(attention="reference", recompute=recompute)
+    model = build_model(config, HeadsConfig(mode=mode), ops, seed=0)
+    with FlopCounterMode(display=False) as counter:
+        model(*micro_batch(config, b=b, s=s)).loss.backward()
+    _embedding, *layers = cost.layer_train_flops(config, s, recompute, mode)
+    # The counter sees the unused half of the scores, too, in each pass over them.
+    passes = 3 if recompute == "none" else 4
+    unused = passes * config.n_layers * 4 * config.dim * (s - (s + 1) / 2)
+    # Fused attention repeats both products; of the reference's the second one's result is not needed again.
+    unused -= config.n_layers * 2 * config.dim * s if recompute == "selective" else 0
+    assert counter.get_total_flops() / (b * s) == pytest.approx(sum(layers) + unused, rel=1e-3)
+
+
+def test_layers_flops():
+    config = small_config(n_layers=5, n_future_tokens=2)
+    costs = {(r, m): cost.layer_train_flops(config, 24, r, m) for r in RECOMPUTE for m in ("sequential", "joint")}
+    plain = costs["none", "sequential"]
+    assert len(plain) == 1 + 3 + 1 and plain == costs["none", "joint"]
+    assert sum(plain[1:]) == pytest.approx(cost.train_flops_per_token(config, 24), rel=1e-12)
+    for recompute in RECOMPUTE:
+        sequential, joint = costs[recompute, "sequential"], costs[recompute, "joint"]
+        again = sequential[1] - plain[1]
+        assert sequential[:-1] == joint[:-1] == [plain[0], *[plain[1] + again] * 3]
+        assert sequential[-1] == plain[-1] and joint[-1] == plain[-1] + 2 * again
+    assert plain[1] < costs["selective", "joint"][1] < costs["full", "joint"][1] < 4 / 3 * plain[1]
+
+
+@pytest.mark.parametrize("size", ["0.3B", "13B"])
+def test_the_embedding_is_small(size):
+    embedding, block, *_ = cost.layer_train_flops(paper_config(size, 4), 4096, "none", "sequential")
+    assert 0 < embedding < 0.05 * block
 
 
 def test_padding_rows_cost_nothing():

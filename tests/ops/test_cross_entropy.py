@@ -1,5 +1,3 @@
-import threading
-
 import numpy as np
 import pytest
 import torch
@@ -198,75 +196,6 @@ def test_whole_logits_never_exist(need_grads):
     with LargestTensor() as largest:
         linear_cross_entropy(*inputs, chunk_tokens=chunk)
     assert largest.elements == (v * d if need_grads else chunk * v) < t * v
-
-
-class Rank:
-    """One of several threads; a collective leaves each rank's values on a shelf and reads them all."""
-
-    def __init__(self, shelf, barrier, rank):
-        self.shelf, self.barrier, self.rank = shelf, barrier, rank
-
-    def _gather(self, values):
-        self.shelf[self.rank] = values.clone()
-        self.barrier.wait()
-        gathered = torch.stack(self.shelf)
-        self.barrier.wait()
-        return gathered
-
-    def all_max(self, values):
-        return self._gather(values).amax(0)
-
-    def all_sum(self, values):
-        return self._gather(values).sum(0)
-
-
-def run_split(hidden, weight, targets, sizes, **options):
-    """``linear_cross_entropy_with_grads`` on each slice of the vocabulary, a thread a rank."""
-    barrier, shelf = threading.Barrier(len(sizes), timeout=30), [None] * len(sizes)
-    results = [None] * len(sizes)
-
-    def work(rank):
-        start = sum(sizes[:rank])
-        part = weight[start : start + sizes[rank]]
-        try:
-            results[rank] = linear_cross_entropy_with_grads(
-                hidden, part, targets, vocab_start=start, split=Rank(shelf, barrier, rank), **options
-            )
-        except BaseException:
-            barrier.abort()
-            raise
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(sizes))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
-@pytest.mark.parametrize("sizes", [(V,), (20, 17), (10, 20, 7), (1, 35, 1)])
-@pytest.mark.parametrize("magnitude", [1.0, 1e4])
-@DTYPES
-def test_vocabulary_split_over_ranks(dtype, magnitude, sizes):
-    hidden, weight, targets = problem(dtype)
-    hidden = hidden * magnitude
-    targets[4:10] = torch.tensor([0, 9, 10, 29, 30, V - 1])  # the ends of the slices
-    scale = torch.linspace(0.5, 2, T, dtype=dtype)
-    wanted = expected(hidden, weight, targets, scale=scale)
-    results = run_split(hidden, weight, targets, sizes, grad_scale=scale, chunk_tokens=5)
-    # With logits of 1e4 the softmax amplifies their rounding: 1e4 x eps.
-    tolerance = TOLERANCE[dtype] * (1 if magnitude == 1 else 100)
-    for result in results:
-        assert_matches(result._replace(dhidden=wanted[3], dweight=wanted[4]), wanted, tolerance)
-    assert relative_error(sum(result.dhidden for result in results), wanted[3]) <= tolerance
-    assert relative_error(torch.cat([result.dweight for result in results]), wanted[4]) <= tolerance
-
-
-def test_tie_between_slices_counts_on_every_rank():
-    hidden, targets = torch.ones(3, 2), torch.tensor([0, 3, IGNORE_INDEX])
-    for result in run_split(hidden, torch.ones(4, 2), targets, (2, 2)):
-        assert result.losses.correct == result.losses.count == 2
-        assert result.losses.loss.item() == pytest.approx(2 * np.log(4), rel=1e-6)
 
 
 @pytest.mark.parametrize("foreign", [V, V + 100, -1, -99])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from megamtp.errors import UserError
 from megamtp.model.model import build_model, logical_parameters
 from megamtp.training import checkpoint as checkpoint_module
+from megamtp.training import pieces as pieces_module
 from megamtp.training.checkpoint import Checkpoint, latest_checkpoint
 from tests.distributed import RankError, run_rank, run_ranks, start_ranks
 from tests.training.tiny import exact, newest, run_config, run_training, step_lines
@@ -66,6 +67,10 @@ def damaged(two_ranks, tmp_path) -> Path:
 # --- contents
 
 
+def key_of(kind: str, name: str, piece: dict) -> str:
+    return f"{kind}/{name}/{piece['columns'][0]}-{piece['columns'][1]}/{piece['start']}"
+
+
 def test_every_parameter_is_there_once_with_both_moments(saved, corpus, tmp_path):
     checkpoint, _ = saved
     model = build_model(run_config(tmp_path, corpus).model, seed=0)
@@ -83,9 +88,10 @@ def test_every_parameter_is_there_once_with_both_moments(saved, corpus, tmp_path
     for name, tensor in manifest.items():
         end = 0
         for piece in sorted(tensor["pieces"], key=lambda piece: piece["start"]):
+            assert piece["columns"] == [0, tensor["shape"][-1]], f"{name}: no tensor parallelism here"
             assert piece["start"] == end, f"{name}: a hole or an overlap at {end}"
             end = piece["stop"]
-            expected |= {f"{kind}/{name}/{piece['start']}": piece["stop"] - piece["start"] for kind in KINDS}
+            expected |= {key_of(kind, name, piece): piece["stop"] - piece["start"] for kind in KINDS}
         assert end == torch.Size(tensor["shape"]).numel(), name
     assert keys == expected
 
@@ -110,7 +116,7 @@ def test_any_range_reads_across_the_borders_of_pieces(two_ranks):
     for name, tensor in cut.items():
         pieces = sorted(tensor["pieces"], key=lambda piece: piece["start"])
         for kind in KINDS:
-            whole = torch.cat([files[p["file"]][f"{kind}/{name}/{p['start']}"] for p in pieces])
+            whole = torch.cat([files[p["file"]][key_of(kind, name, p)] for p in pieces])
             border, size = pieces[0]["stop"], len(whole)
             ranges = [(0, size), (border - 1, border + 1), (border, size), (0, border), (border, border)]
             ranges += [tuple(sorted(draw.choices(range(size + 1), k=2))) for _ in range(20)]
@@ -196,12 +202,12 @@ def test_two_ranks_refuse_a_flipped_bit_that_one_of_them_reads(damaged, corpus):
     ("manifest", "message"),
     [
         ('{"format": "another", "version": 1}', "format 'another' version 1"),
-        ('{"format": "megamtp-checkpoint", "version": 2}', "version 2; this program reads"),
+        ('{"format": "megamtp-checkpoint", "version": 1}', "version 1; this program reads"),
         ("{}", "format None"),
         ('{"format": "megamtp-ch', "cannot be read"),
         ("", "cannot be read"),
         ("[]", "is no checkpoint's manifest"),
-        ('{"format": "megamtp-checkpoint", "version": 1}', "is no checkpoint's manifest"),
+        ('{"format": "megamtp-checkpoint", "version": 2}', "is no checkpoint's manifest"),
     ],
 )
 def test_a_foreign_or_torn_manifest_is_refused(damaged, manifest, message):
@@ -239,7 +245,7 @@ def run_with_fault(grid, config, fault: str) -> int:
     """Something happens while the checkpoint of step 4 is written, on the last rank."""
     from megamtp.training import loop
 
-    save_untouched, write_untouched = checkpoint_module.save_file, checkpoint_module.write_atomic
+    save_untouched, write_untouched = pieces_module.save_file, checkpoint_module.write_atomic
     rename_untouched = Path.rename
 
     def strike(kind: str, path: Path) -> None:
@@ -265,7 +271,7 @@ def run_with_fault(grid, config, fault: str) -> int:
         strike("before the rename", target)
         return rename_untouched(self, target)
 
-    checkpoint_module.save_file, checkpoint_module.write_atomic, Path.rename = save_file, write_atomic, rename
+    pieces_module.save_file, checkpoint_module.write_atomic, Path.rename = save_file, write_atomic, rename
     return loop.train(config, grid)
 
 

@@ -115,7 +115,7 @@ def test_lines_are_on_disk_at_once(tmp_path):
 class OneRank:
     """A grid whose sum over the ranks is the value itself."""
 
-    def sum_over_dp(self, values):
+    def sum_over_ranks(self, values):
         return values
 
 

@@ -12,7 +12,7 @@ from tests.distributed import RankError, run_ranks, start_ranks
 
 
 def add_ranks(grid, values: list[int]) -> tuple[int, torch.Tensor]:
-    return os.getpid(), grid.sum_over_dp(torch.tensor(float(values[grid.rank])))
+    return os.getpid(), grid.sum_over_ranks(torch.tensor(float(values[grid.rank])))
 
 
 def test_ranks_are_new_processes_that_reach_each_other():

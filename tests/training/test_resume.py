@@ -79,7 +79,7 @@ def run_tampered(grid, config, what: str) -> int:
     from megamtp.training import loop
     from megamtp.training.checkpoint import Checkpoint
 
-    open_untouched, read_untouched = Checkpoint.open, Checkpoint.read
+    open_untouched, read_untouched = Checkpoint.open, Checkpoint.read_into
 
     def open_tampered(path):
         checkpoint = open_untouched(path)
@@ -91,11 +91,13 @@ def run_tampered(grid, config, what: str) -> int:
             checkpoint.manifest["state"]["loader"]["consumed_samples"] = 0
         return checkpoint
 
-    def read_tampered(self, name, kind, start, stop):
-        values = read_untouched(self, name, kind, start, stop)
-        return torch.zeros_like(values) if kind == what else values
+    def read_tampered(self, wanted):
+        read_untouched(self, wanted)
+        for fragment in wanted:
+            if what in fragment.tensors:
+                fragment.tensors[what].zero_()
 
-    Checkpoint.open, Checkpoint.read = open_tampered, read_tampered
+    Checkpoint.open, Checkpoint.read_into = open_tampered, read_tampered
     return loop.train(config, grid)
 
 

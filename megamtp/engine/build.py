@@ -1,0 +1,42 @@
+"""From the configs to this rank's engine."""
+
+from megamtp.engine.engine import Engine, Precision
+from megamtp.engine.optimizer import OptimizerConfig
+from megamtp.model.cut import choose_cut
+from megamtp.model.heads import HeadsConfig
+from megamtp.model.model import build_model
+from megamtp.model.transformer import ModelConfig, OpsConfig
+from megamtp.parallel.groups import ParallelConfig, ProcessGrid
+
+
+def build_engine(
+    model: ModelConfig,
+    heads: HeadsConfig,
+    ops: OpsConfig,
+    *,
+    grid: ProcessGrid,
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig,
+    precision: Precision,
+    micro_batch_size: int,
+    micro_batches: int,
+    seq_len: int,
+    seed: int | None,
+) -> Engine:
+    """Build this rank's share of the model (``seed=None``: uninitialised) and its engine. Every rank calls it."""
+    options = dict(
+        grid=grid,
+        parallel=parallel,
+        optimizer=optimizer,
+        precision=precision,
+        micro_batch_size=micro_batch_size,
+        micro_batches=micro_batches,
+    )
+    if parallel.pipeline == 1:
+        return Engine(build_model(model, heads, ops, seed=seed, tp=grid.tensor, device=grid.device), **options)
+
+    from megamtp.engine.pipeline import DualPipeVStages, PipelineEngine, PipelineStages
+
+    boundaries = choose_cut(model, heads.mode or "sequential", parallel, seq_len, ops.recompute)
+    stages = DualPipeVStages if parallel.schedule == "dualpipev" else PipelineStages
+    return PipelineEngine(stages(model, heads, ops, grid=grid, boundaries=boundaries, seed=seed), **options)

@@ -1,0 +1,160 @@
+"""The same layers as stages of DeepSpeed's pipeline.
+
+Between stages travel the hidden states and, where documents are masked, one integer tensor (2, b, s) with positions
+and document ids. The last stage's forward ends with the trunk's output; its loss function runs the heads on it,
+because only there DeepSpeed hands out the targets.
+"""
+
+import io
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
+
+import torch
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megamtp.engine.engine import Engine, ModelInputs
+from megamtp.model.heads import HeadLosses, HeadsConfig, MultiTokenHeads
+from megamtp.model.model import NamedLayer, build_layers, materialize_
+from megamtp.model.transformer import BlockInputs, Embedding, ModelConfig, OpsConfig, block_inputs
+from megamtp.ops.cross_entropy import IGNORE_INDEX
+from megamtp.parallel.groups import ProcessGrid
+
+
+class PipelineStages(PipelineModule):
+    """This rank's layers; ``boundaries`` cut the model's list of them. 1F1B: rank r runs stage r."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        heads: HeadsConfig,
+        ops: OpsConfig,
+        *,
+        grid: ProcessGrid,
+        boundaries: list[int],
+        seed: int | None,
+    ):
+        self.config, self._heads, self._ops, self._grid_of_run = config, heads, ops, grid
+        self._boundaries, self._seed = boundaries, seed
+        self._prefixes: dict[nn.Module, str] = {}
+        self.losses: list[HeadLosses] = []  # of the micro-batches since they were last taken
+        topology = PipeModelDataParallelTopology(num_pp=grid.pp_size, num_mp=grid.tensor.size, num_dp=grid.dp_size)
+        with redirect_stdout(io.StringIO()):  # it prints its own table
+            super().__init__(layers=[None] * boundaries[-1], topology=topology, loss_fn=self._loss)
+
+    def _partition_layers(self, method="uniform"):
+        """DeepSpeed's methods know parameters, not what n heads cost."""
+        self.parts = self._boundaries
+        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+
+    def _build(self):
+        tp, cut = self._grid_of_run.tensor, slice(self._local_start, self._local_stop)
+        with torch.device("meta"):
+            layers = build_layers(self.config, self._heads, self._ops, tp, cut)
+        materialize_(layers, self.config, self._seed, self._grid_of_run.device)
+        for index, (prefix, layer) in enumerate(layers, self._local_start):
+            self.forward_funcs.append(layer)
+            self.add_module(str(index), layer)
+            self._prefixes[layer] = prefix
+        for parameter in self.parameters():
+            parameter.ds_pipe_replicated = False
+
+    def named_layers(self) -> list[NamedLayer]:
+        """This rank's layers under the prefixes of their logical names."""
+        return [(prefix, layer) for layer, prefix in self._prefixes.items()]
+
+    def forward(self, inputs: Tensor | tuple[Tensor, Tensor]):
+        """tokens (b, s) or hidden states, alone or with positions and documents (2, b, s) -> the same for the next."""
+        tp = self._grid_of_run.tensor
+        x, packed = inputs if isinstance(inputs, tuple) else (inputs, None)
+        seq_len = x.shape[1] * (tp.size if tp.sequence_parallel and x.is_floating_point() else 1)
+        documents = () if packed is None else tuple(packed)
+        shared = block_inputs(self.config, self._ops.attention, seq_len, x.device, *documents)
+        for layer in self.forward_funcs:
+            if isinstance(layer, MultiTokenHeads):
+                return x, shared
+            x = layer(x) if isinstance(layer, Embedding) else layer(x, shared)
+        return x if packed is None else (x, packed)
+
+    def _loss(self, outputs: tuple[Tensor, BlockInputs], targets: Tensor) -> Tensor:
+        losses = self.forward_funcs[-1](outputs[0], targets, outputs[1])
+        self.losses.append(losses)
+        return losses.loss
+
+
+class DualPipeVStages(DualPipeVModule, PipelineStages):
+    """DualPipeV: rank r runs stages r and 2P - 1 - r. DeepSpeed's module builds both through ``PipelineStages``."""
+
+
+class PipelineEngine(Engine):
+    """``Engine`` over DeepSpeed's pipeline engines."""
+
+    def _named_layers(self, model: PipelineStages) -> list[NamedLayer]:
+        return model.named_layers()
+
+    def _n_heads(self, model: PipelineStages) -> int:
+        return model.config.n_future_tokens
+
+    def _model_parallel_unit(self):
+        return None  # DeepSpeed takes the module's own
+
+    @property
+    def has_heads(self) -> bool:
+        return any(isinstance(layer, MultiTokenHeads) for _, layer in self.layers)
+
+    @property
+    def reads_data(self) -> bool:
+        return self.has_heads or any(isinstance(layer, Embedding) for _, layer in self.layers)
+
+    def _configure(self) -> None:
+        # DeepSpeed's schedule ends with the update; norm and clipping go between it and the gradients' reduction.
+        instructions = dict(self.deepspeed._INSTRUCTION_MAP)
+        step = instructions[schedule.OptimizerStep]
+
+        def clip_and_step(engine):
+            self._grad_norm = self._clip_gradients()
+            step(engine)
+
+        self.deepspeed._INSTRUCTION_MAP = instructions | {schedule.OptimizerStep: clip_and_step}
+
+    def _run_step(self, batches: list[ModelInputs]) -> float:
+        self.deepspeed.train_batch(self._as_deepspeed(batches))
+        self._take_losses()
+        return self._grad_norm
+
+    def _run_evaluation(self, batches: Iterable[ModelInputs]) -> None:
+        batches = list(batches)
+        # DualPipeV's buffers are numbered for the micro-batches of a training step: it evaluates as many at a time.
+        # Empty ones fill up.
+        group = self.micro_batches if isinstance(self.module, DualPipeVStages) else max(1, len(batches))
+        if batches and len(batches) % group:
+            empty = batches[-1] | {"targets": torch.full_like(batches[-1]["targets"], IGNORE_INDEX)}
+            batches += [empty] * (-len(batches) % group)
+        for first in range(0, len(batches), group):
+            data = self._as_deepspeed(batches[first : first + group])
+            self.deepspeed.eval_batch(data, num_micro_batches=group)
+            self.module.train()
+            self._take_losses()
+
+    def _take_losses(self) -> None:
+        for losses in self.module.losses:
+            self._add(losses)
+        self.module.losses.clear()
+
+    def _as_deepspeed(self, batches: Iterable[ModelInputs]) -> Iterator | None:
+        """((tokens, packed positions and documents), targets) of each micro-batch."""
+        if not self.reads_data:
+            return None
+        return iter([_as_deepspeed(batch) for batch in batches])
+
+
+def _as_deepspeed(batch: ModelInputs):
+    tokens, positions, documents = batch["tokens"], batch.get("positions"), batch.get("document_ids")
+    if positions is None and documents is None:
+        return tokens, batch["targets"]
+    if positions is None:
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return (tokens, torch.stack([positions, documents]).to(torch.int32)), batch["targets"]
