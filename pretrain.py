@@ -19,6 +19,8 @@ def read_command_line(arguments: list[str]) -> tuple[argparse.Namespace, list[st
     )
     parser.add_argument("config", nargs="?", help="YAML file; see configs/")
     parser.add_argument("--dry-run", action="store_true", help="build everything, print what it will be, and stop")
+    # The deepspeed command adds it; LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("-h", "--help", action="store_true", help="this text, with every key of the config")
     options, overrides = parser.parse_known_args(arguments)
     if options.help or not options.config:

@@ -1,7 +1,6 @@
 """The one exception that means "the input is wrong", and how a command turns it into exit code 2."""
 
 import functools
-import os
 import sys
 
 
@@ -17,11 +16,20 @@ def exits_cleanly(main):
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            rank = os.environ.get("RANK", "0")
-            print(f"error: {error}" if rank == "0" else f"rank {rank}: error: {error}", file=sys.stderr)
+            print(f"{_rank_prefix()}error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
 
     return wrapper
+
+
+def _rank_prefix() -> str:
+    from megamtp.parallel.environment import launch_environment  # which imports this module
+
+    try:
+        rank = launch_environment().rank
+    except UserError:
+        return ""
+    return f"rank {rank}: " if rank else ""

@@ -2,20 +2,26 @@
 
 import logging
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from megamtp.parallel.groups import ParallelConfig, ProcessGrid, launch_environment
+from megamtp.parallel.environment import launch_environment, set_rendezvous
+from megamtp.parallel.groups import ParallelConfig, ProcessGrid
+
+TIMEOUT = timedelta(minutes=10)  # for ranks that never come, and for the neighbours of one that hangs
 
 
 def start_processes(parallel: ParallelConfig | None = None, kv_heads: int = 1) -> ProcessGrid:
     """Join the other ranks (NCCL on GPUs, gloo on CPUs) and return this process's place in the layout.
 
     Call before ``build_engine``; ``stop_processes`` undoes it. ``kv_heads`` of the model decide which ranks share
-    key/value heads.
+    key/value heads. Raises ``UserError`` where the launcher's variables or the number of ranks do not fit.
     """
-    rank, world_size, local_rank = launch_environment()
+    environment = launch_environment()
+    rank, world_size, local_rank, _ = environment
+    set_rendezvous(environment)
     use_cuda = torch.cuda.is_available()
     # DeepSpeed reads both when it is imported: without the first it probes for accelerators (seconds),
     # and its engine insists on the second even in a single process.
@@ -24,10 +30,13 @@ def start_processes(parallel: ParallelConfig | None = None, kv_heads: int = 1) -
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
+    elif world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # torchrun says 1, deepspeed and mpirun nothing: each rank would start a thread per core.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
     if not dist.is_initialized():
         backend = "nccl" if use_cuda else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
+        if world_size > 1:
+            dist.init_process_group(backend, timeout=TIMEOUT)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     _tame_deepspeed()
@@ -45,8 +54,9 @@ def start_processes(parallel: ParallelConfig | None = None, kv_heads: int = 1) -
 
 
 def stop_processes() -> None:
-    """Leave the process group."""
+    """Leave the process group, together."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

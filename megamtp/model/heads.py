@@ -45,6 +45,10 @@ class HeadsConfig:
     loss_weights: list[float] | None = option(None, "one weight per head; null = 1 each, as in the paper")
     chunk_tokens: Annotated[int, Field(ge=1)] = option(CHUNK_TOKENS, "tokens whose logits exist at a time")
 
+    def mode_under(self, zero_stage: int) -> str:
+        """What ``mode: null`` stands for; ZeRO-3 has partitioned what sequential's own backward needs."""
+        return self.mode or ("joint" if zero_stage == 3 else "sequential")
+
 
 class HeadLosses(NamedTuple):
     """loss is what backward starts from; the rest are sums for logging, one entry a head, detached."""
@@ -67,6 +71,7 @@ class MultiTokenHeads(nn.Module):
         weights = [1.0] * n if heads_config.loss_weights is None else heads_config.loss_weights
         if len(weights) != n:
             raise ValueError(f"heads.loss_weights has {len(weights)} entries; n_future_tokens is {n}")
+        self.vocab_size = config.vocab_size
         self.mode, self.chunk_tokens = heads_config.mode or "sequential", heads_config.chunk_tokens
         self.loss_weights, self.tp = tuple(weights), tp
         if self.mode == "sequential":  # one head's activations exist at a time: nothing to save
@@ -84,7 +89,9 @@ class MultiTokenHeads(nn.Module):
     @property
     def vocabulary(self) -> dict[str, Any]:
         """What the cross-entropy needs to know of a split vocabulary."""
-        return {} if self.tp.size == 1 else {"vocab_start": self.output.shard.start, "split": self.tp}
+        if self.tp.size == 1:
+            return {}
+        return {"vocab_start": self.output.shard.start, "vocab_size": self.vocab_size, "split": self.tp}
 
     def hidden(self, k: int, z: Tensor, inputs: BlockInputs) -> Tensor:
         """What head k (0-based) gives to the unembedding: (b, s, d), or this rank's slice of the sequence."""

@@ -1,6 +1,5 @@
 """The layout of the processes, as a value that is passed in; nobody looks it up in a global."""
 
-import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -9,6 +8,7 @@ import torch.distributed as dist
 from pydantic import Field
 
 from megamtp.config import config_dataclass, option
+from megamtp.errors import UserError
 from megamtp.parallel.tensor import TensorParallel
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -56,10 +56,10 @@ class ParallelConfig:
         return self.pipeline * (2 if self.schedule == "dualpipev" else 1)
 
     def data_parallel(self, world_size: int) -> int:
-        """DP size: what is left of ``world_size``. ``ValueError`` where nothing fits."""
+        """DP size: what is left of ``world_size``. ``UserError`` where nothing fits."""
         model = self.tensor * self.pipeline
         if world_size % model:
-            raise ValueError(
+            raise UserError(
                 f"{world_size} ranks do not make whole replicas of parallel.tensor {self.tensor} x "
                 f"parallel.pipeline {self.pipeline} = {model} ranks; start {-(-world_size // model) * model} ranks, "
                 "or change the layout"
@@ -95,7 +95,7 @@ class ProcessGrid:
     def build(
         cls, parallel: ParallelConfig, kv_heads: int, *, rank: int, world_size: int, local_rank: int, device
     ) -> "ProcessGrid":
-        """Create this process's groups. Every rank calls it. ``ValueError`` for a world that does not fit."""
+        """Create this process's groups. Every rank calls it. ``UserError`` for a world that does not fit."""
         dp_size = parallel.data_parallel(world_size)
         tp_size, pp_size = parallel.tensor, parallel.pipeline
         ranks = torch.arange(world_size).view(pp_size, dp_size, tp_size)
@@ -141,11 +141,3 @@ class ProcessGrid:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
-
-
-def launch_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun sets them; (0, 1, 0) for a plain ``python``."""
-    return tuple(int(os.environ.get(name, default)) for name, default in _LAUNCH_VARIABLES)
-
-
-_LAUNCH_VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))

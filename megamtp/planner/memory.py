@@ -44,11 +44,6 @@ def micro_batches_in_flight(stage: int, n_stages: int, micro_batches: int) -> in
     return min(n_stages - stage, micro_batches)
 
 
-def heads_mode(heads: HeadsConfig, zero_stage: int) -> str:
-    """The mode that ``heads.mode: null`` stands for."""
-    return heads.mode or ("joint" if zero_stage == 3 else "sequential")
-
-
 def estimate_memory(
     config: ModelConfig,
     heads: HeadsConfig,
@@ -70,7 +65,7 @@ def estimate_memory(
     ``held`` defaults to the whole model. ``micro_batches`` is the rank's number per optimizer step. With
     ``offload_optimizer`` the optimizer's states are in host memory and count 0 here.
     """
-    mode = heads_mode(heads, zero_stage)
+    mode = heads.mode_under(zero_stage)
     held = held or [HeldLayers(0, config.n_trunk_layers + 2)]
     holds_heads = any(part.end == config.n_trunk_layers + 2 for part in held)
     layers = layer_parameters(config, tensor)

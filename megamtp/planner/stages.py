@@ -8,7 +8,7 @@ from megamtp.model.heads import HeadsConfig
 from megamtp.model.transformer import ModelConfig
 from megamtp.parallel.cut import rank_costs, stages_of_ranks
 from megamtp.parallel.groups import ParallelConfig
-from megamtp.planner.memory import HeldLayers, MemoryEstimate, estimate_memory, heads_mode, micro_batches_in_flight
+from megamtp.planner.memory import HeldLayers, MemoryEstimate, estimate_memory, micro_batches_in_flight
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def plan_stages(
     ``micro_batches`` of ``micro_batch_size`` samples make one optimizer step of a replica. Raises ``ValueError``
     where the model cannot be cut so.
     """
-    mode = heads_mode(heads, parallel.zero_stage)
+    mode = heads.mode_under(parallel.zero_stage)
     cut = choose_cut(config, mode, parallel, seq_len, recompute)
     flops = layer_train_flops(config, seq_len, recompute, mode)
     parameters = layer_parameters(config)

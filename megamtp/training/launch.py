@@ -6,11 +6,10 @@ from dataclasses import asdict
 import torch
 
 from megamtp.config import dump
-from megamtp.data.loader import Loader
 from megamtp.model.cost import parameters, train_flops_per_token
 from megamtp.model.model import MultiTokenModel
-from megamtp.parallel.groups import launch_environment
-from megamtp.planner.memory import estimate_memory
+from megamtp.parallel.environment import launch_environment
+from megamtp.planner.stages import Stage, plan_stages, stage_table
 from megamtp.training.host_memory import keep_freed_memory
 from megamtp.training.loop import open_samples, train
 from megamtp.training.run_config import RunConfig
@@ -18,16 +17,18 @@ from megamtp.training.run_config import RunConfig
 
 def pretrain(config: RunConfig, dry_run: bool = False) -> int:
     """Start this rank's part of the run and return the exit code. Raises ``UserError`` before any work is lost."""
-    rank, world_size, _ = launch_environment()
+    rank, world_size, *_ = launch_environment()
+    micro_batches = config.micro_batches(world_size)
     if dry_run:
-        samples, _ = open_samples(config)
-        Loader(samples, config.training.global_batch_size, config.training.micro_batch_size, rank, world_size)
+        open_samples(config)
         with torch.device("meta"):
-            model = MultiTokenModel(config.model, config.heads, config.ops)
+            model = MultiTokenModel(config.model, config.heads_of_layout, config.ops)
         if rank == 0:
-            print(describe_run(config, world_size))
+            print(describe_run(config, world_size, micro_batches))
             print(f"parameter tensors: {len(list(model.parameters()))}")
         return 0
+    if rank == 0 and config.parallel.stages > 1:
+        print(stage_table(_stages(config, world_size, micro_batches)), flush=True)
     on_cpu = not torch.cuda.is_available()
     if on_cpu and rank == 0:
         print(keep_freed_memory(), file=sys.stderr)
@@ -42,30 +43,41 @@ def pretrain(config: RunConfig, dry_run: bool = False) -> int:
     return code
 
 
-def describe_run(config: RunConfig, world_size: int) -> str:
-    """What ``--dry-run`` prints: the resolved config, parameters by part, FLOPs per token, memory estimate."""
-    count = parameters(config.model)
+def describe_run(config: RunConfig, world_size: int, micro_batches: int) -> str:
+    """What ``--dry-run`` prints: the resolved config, parameters by part, FLOPs per token, layout, memory estimate."""
+    count, layout = parameters(config.model), config.parallel
     parts = {name: value for name, value in asdict(count).items()} | {"total": count.total}
-    memory = estimate_memory(
-        config.model,
-        config.heads,
-        seq_len=config.data.seq_len,
-        micro_batch_size=config.training.micro_batch_size,
-        precision=config.training.precision,
-        zero_stage=config.parallel.zero_stage,
-        dp_size=world_size,
-    )
+    stages = _stages(config, world_size, micro_batches)
+    fullest = max(stages, key=lambda stage: stage.rank_memory.total).rank_memory
     flops = train_flops_per_token(config.model, config.data.seq_len)
     tokens = config.training.steps * config.training.global_batch_size * config.data.seq_len
-    sizes = asdict(memory) | {"total": memory.total}
-    return "\n".join(
-        [
-            dump(config),
-            _table("parameters", {name: f"{value:,}" for name, value in parts.items()}),
-            _table("memory estimate of one rank, MiB", {k: f"{v / 2**20:,.1f}" for k, v in sizes.items()}),
-            f"training FLOPs per token: {flops:,.0f}",
-            f"tokens of the whole run: {tokens:,}",
-        ]
+    sizes = asdict(fullest) | {"total": fullest.total}
+    lines = [
+        dump(config),
+        f"layout: {world_size} ranks = TP {layout.tensor} x PP {layout.pipeline} x "
+        f"DP {layout.data_parallel(world_size)}; {micro_batches} micro-batches a step; "
+        f"heads: {config.heads_of_layout.mode}",
+        _table("parameters", {name: f"{value:,}" for name, value in parts.items()}),
+        _table("memory estimate of one rank (the fullest), MiB", {k: f"{v / 2**20:,.1f}" for k, v in sizes.items()}),
+        f"training FLOPs per token: {flops:,.0f}",
+        f"tokens of the whole run: {tokens:,}",
+    ]
+    if layout.stages > 1:
+        lines.insert(2, stage_table(stages))
+    return "\n".join(lines)
+
+
+def _stages(config: RunConfig, world_size: int, micro_batches: int) -> list[Stage]:
+    return plan_stages(
+        config.model,
+        config.heads,
+        config.parallel,
+        seq_len=config.data.seq_len,
+        micro_batch_size=config.training.micro_batch_size,
+        micro_batches=micro_batches,
+        precision=config.training.precision,
+        dp_size=config.parallel.data_parallel(world_size),
+        recompute=config.ops.recompute,
     )
 
 

@@ -8,6 +8,7 @@ from pydantic import Field
 from megamtp.config import REQUIRED, config_dataclass, option
 from megamtp.data.loader import DataConfig
 from megamtp.engine.optimizer import OptimizerConfig
+from megamtp.errors import UserError
 from megamtp.model.cut import choose_cut
 from megamtp.model.heads import HeadsConfig
 from megamtp.model.transformer import ModelConfig, OpsConfig
@@ -72,12 +73,11 @@ class RunConfig:
 
     @property
     def heads_of_layout(self) -> HeadsConfig:
-        """``heads`` with its mode resolved: sequential, or joint where ZeRO-3 has partitioned the parameters."""
-        default = "joint" if self.parallel.zero_stage == 3 else "sequential"
-        return replace(self.heads, mode=self.heads.mode or default)
+        """``heads`` with its mode resolved."""
+        return replace(self.heads, mode=self.heads.mode_under(self.parallel.zero_stage))
 
     def _check_layout(self) -> None:
-        model, tp, stages = self.model, self.parallel.tensor, self.parallel.stages
+        model, tp = self.model, self.parallel.tensor
         if model.n_heads % tp:
             raise ValueError(
                 f"model.n_heads {model.n_heads} does not divide by parallel.tensor {tp}; use a divisor of n_heads"
@@ -106,15 +106,21 @@ class RunConfig:
                 "heads.mode sequential does not go with parallel.zero_stage 3, whose parameters are partitioned when "
                 "the heads' own backward needs them; use joint or leave it out"
             )
-        if stages > 1:
-            choose_cut(model, "sequential", self.parallel, self.data.seq_len, self.ops.recompute)
+        choose_cut(model, self.heads_of_layout.mode, self.parallel, self.data.seq_len, self.ops.recompute)
 
     def micro_batches(self, world_size: int) -> int:
-        """Of one step on each data-parallel rank. ``ValueError`` where the layout or the schedule does not fit."""
-        dp_size, training = self.parallel.data_parallel(world_size), self.training
-        count = training.global_batch_size // (training.micro_batch_size * dp_size)
+        """Of one step on each data-parallel rank. ``UserError`` where the layout, batch or schedule does not fit."""
+        training, dp_size = self.training, self.parallel.data_parallel(world_size)
+        unit = training.micro_batch_size * dp_size
+        count, rest = divmod(training.global_batch_size, unit)
+        if rest or not count:
+            nearest = f"{count * unit} or {(count + 1) * unit}" if count else f"{unit}"
+            raise UserError(
+                f"training.global_batch_size {training.global_batch_size} does not divide into micro-batches of "
+                f"{training.micro_batch_size} on {dp_size} data-parallel ranks; use {nearest}"
+            )
         if self.parallel.schedule == "dualpipev" and count < 2 * self.parallel.pipeline:
-            raise ValueError(
+            raise UserError(
                 f"training: {count} micro-batches a step are too few for dualpipev, which needs 2 x parallel.pipeline "
                 f"= {2 * self.parallel.pipeline}; raise global_batch_size, lower micro_batch_size, or use 1f1b"
             )

@@ -259,6 +259,7 @@ def test_bf16_is_as_good_as_unsplit(ranks, name):
     assert all(result.dhidden.dtype == torch.bfloat16 for result in results) and actual_dweight.dtype == torch.float32
     assert relative_error(actual_dhidden, dhidden) <= 1.5 * relative_error(whole.dhidden, dhidden)
     assert relative_error(actual_dweight, dweight) <= 1.5 * relative_error(whole.dweight, dweight)
+    assert max(relative_error(actual_dhidden, dhidden), relative_error(actual_dweight, dweight)) <= 2**-5
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -72,6 +72,7 @@ def test_known_cuts():
 def test_rounding_is_no_difference():
     """0.1 + 0.1 + 0.1 differs from 0.3 in the last digit; the even cut is chosen all the same."""
     assert cut_stages([0.1, 0.1, 0.1, 0.3, 0.3], 3) == [0, 3, 4, 5]
+    assert cut_stages([0.3, 0.2, 0.1, 0.3, 0.2, 0.3, 0.1, 0.1], 4) == [0, 1, 3, 5, 8]
     assert cut_stages([0.1] * 12, 4) == [0, 3, 6, 9, 12]
     assert cut_stage_pairs([0.1] * 12, 2) == [0, 3, 6, 9, 12]
 
