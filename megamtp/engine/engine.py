@@ -78,7 +78,8 @@ class Engine:
         return model.config.n_future_tokens
 
     def _model_parallel_unit(self):
-        return None if self.grid.tensor.size == 1 else ModelParallelUnit(self.grid)
+        # Always one: DeepSpeed keeps the last in a global, and an engine without would take that of another.
+        return ModelParallelUnit(self.grid)
 
     def _configure(self) -> None:
         # With one replica there is nothing to reduce, and DeepSpeed would still copy every gradient twice.

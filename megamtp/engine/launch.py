@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -67,6 +68,8 @@ def _tame_deepspeed() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # It calls collectives by names that torch has replaced.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     # On a CPU it would build a shared-memory all-reduce with the machine's compiler, on every rank at once, and
     # fail where there is none. gloo does without.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False

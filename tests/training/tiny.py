@@ -58,11 +58,12 @@ def run_config(run_dir: Path, corpus: Path, changes: dict[str, Any] | None = Non
     return from_dict(RunConfig, config_dict(run_dir, corpus, changes), "test")
 
 
-def run_training(grid: ProcessGrid, config: RunConfig) -> int:
-    """For ``run_ranks``: the whole run on this rank."""
+def run_training(_: ProcessGrid, config: RunConfig) -> int:
+    """For ``run_ranks``: the whole run on this rank, in the config's layout."""
+    from megamtp.engine.launch import start_processes
     from megamtp.training.loop import train
 
-    return train(config, grid)
+    return train(config, start_processes(config.parallel, config.model.kv_heads))
 
 
 def lines(run_dir: Path | str) -> list[dict[str, Any]]:
