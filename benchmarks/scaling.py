@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-CONTROL_VALUES = 64  # messages of no more values are norms, losses and flags
+CONTROL_VALUES = 16  # messages of no more values are norms, losses and flags
 
 
 class Message(NamedTuple):

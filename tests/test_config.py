@@ -50,7 +50,7 @@ def refusal(read):
 def test_file_alone(read):
     config = read()
     assert config.run_dir == "runs/x" and config.model.dim == 64 and config.training.steps == 10
-    assert config.heads.mode == "sequential" and config.model.n_kv_heads is None
+    assert config.heads.mode is None and config.model.n_kv_heads is None
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_describe_lists_every_leaf():
     assert keys == list(walk(to_dict(from_dict(RunConfig, BASE, "base"))))
     text = dict(zip(keys, lines, strict=True))
     assert "required" in text["--model.vocab_size"] and "INT" in text["--model.vocab_size"]
-    assert "sequential|joint|naive" in text["--heads.mode"] and "default sequential" in text["--heads.mode"]
+    assert "sequential|joint|naive" in text["--heads.mode"] and "default null" in text["--heads.mode"]
     assert "default 0.0003" in text["--optimizer.lr"]
     assert "default null" in text["--model.n_kv_heads"]
 
@@ -292,7 +292,7 @@ def test_impossible_date(refusal, where):
 
 
 def test_empty_section_takes_its_defaults(read):
-    assert read(text=yaml.safe_dump(BASE) + "heads:\n  # mode: joint\n").heads.mode == "sequential"
+    assert read(text=yaml.safe_dump(BASE) + "heads:\n  # mode: joint\n").heads.mode is None
 
 
 def test_every_leaf_of_the_run_has_help():

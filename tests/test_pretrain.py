@@ -177,7 +177,7 @@ def refused_by_dry_run(capsys, *arguments) -> str:
         (["--training.steps", "0"], ["training.steps", "greater than or equal to 1"]),
         (["--training.precision", "fp16"], ["training.precision", "'fp32' or 'bf16'"]),
         (["--training.precision", "bf16"], ["bf16 needs parallel.zero_stage 1"]),
-        (["--parallel.zero_stage", "2"], ["parallel.zero_stage", "less than or equal to 1"]),
+        (["--parallel.zero_stage", "4"], ["parallel.zero_stage", "less than or equal to 3"]),
         (["--heads.loss_weights", "[1, 1]"], ["heads.loss_weights has 2 entries; model.n_future_tokens is 4"]),
         (["--schedule.warmup_steps", "9"], ["schedule.warmup_steps 9 exceeds training.steps 2"]),
         (["--training.steps"], ["--training.steps needs a value"]),
@@ -192,6 +192,39 @@ def test_a_wrong_value_is_one_line(config_file, capsys, overrides, expected):
     line = refused_by_dry_run(capsys, config_file, *overrides)
     for part in expected:
         assert part in line
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "expected"),
+    [
+        (3, ["tensor=2"], "3 ranks do not make whole replicas of parallel.tensor 2 x parallel.pipeline 1 = 2 ranks"),
+        (2, ["tensor=2", "pipeline=2"], "= 4 ranks; start 4 ranks, or change the layout"),
+        (3, ["tensor=3"], "model.n_heads 4 does not divide by parallel.tensor 3; use a divisor of n_heads"),
+        (2, ["tensor=2", "model.n_kv_heads=1", "model.ffn_dim=65"], "model.ffn_dim 65 does not divide by"),
+        (6, ["tensor=6", "model.n_heads=12", "model.dim=48", "model.n_kv_heads=4"], "must divide model.n_kv_heads 4"),
+        (2, ["tensor=2", "data.seq_len=15"], "data.seq_len 15 does not divide by parallel.tensor 2"),
+        (2, ["tensor=2", "model.vocab_multiple=256"], "leaves tensor-parallel rank 1 with padding only; use a smaller"),
+        (2, ["tensor=2", "heads.mode=naive"], "heads.mode naive needs whole logits"),
+        (1, ["sequence=true"], "parallel.sequence needs parallel.tensor of 2 or more"),
+        (2, ["pipeline=2", "zero_stage=2"], "the pipeline accumulates whole gradients over its micro-batches"),
+        (2, ["zero_stage=3", "heads.mode=sequential"], "heads.mode sequential does not go with parallel.zero_stage 3"),
+        (2, ["zero_stage=0", "offload_optimizer=true"], "parallel.offload_optimizer needs parallel.zero_stage 1, 2"),
+        (8, ["pipeline=8"], "more than the 4 layers (embedding, 2 trunk layers, heads); lower parallel.pipeline"),
+        (3, ["pipeline=3", "schedule=dualpipev"], "makes 6 stages, more than the 4 layers"),
+        (2, ["schedule=dualpipev"], "parallel.schedule dualpipev needs parallel.pipeline of 2 or more"),
+        (2, ["pipeline=2", "schedule=dualpipev", "training.micro_batch_size=4"], "2 micro-batches a step are too few"),
+        (2, ["pipeline=2", "pipeline_cut=[1, 2]"], "holds 3 trunk layers; the model has 2"),
+        (2, ["pipeline=2", "pipeline_cut=[2]"], "parallel.pipeline_cut has 1 entries; 1f1b over 2 ranks has 2 stages"),
+        (4, ["pipeline=4", "pipeline_cut=[1, 0, 0, 1]"], "leaves a stage without layers"),
+        (16, ["zero_stage=1"], "global_batch_size 8 does not divide into micro-batches of 2 on 16 data-parallel ranks"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_one_line(config_file, capsys, monkeypatch, world_size, overrides, expected):
+    for name, value in (("RANK", 0), ("WORLD_SIZE", world_size), ("LOCAL_RANK", 0)):
+        monkeypatch.setenv(name, str(value))
+    pairs = [override.split("=") for override in overrides]
+    options = [f"--{key if '.' in key else f'parallel.{key}'}={value}" for key, value in pairs]
+    assert expected in refused_by_dry_run(capsys, config_file, *options)
 
 
 def test_a_missing_config_is_one_line(tmp_path, capsys):

@@ -52,19 +52,21 @@ def describe_run(config: RunConfig, world_size: int, micro_batches: int) -> str:
     flops = train_flops_per_token(config.model, config.data.seq_len)
     tokens = config.training.steps * config.training.global_batch_size * config.data.seq_len
     sizes = asdict(fullest) | {"total": fullest.total}
-    lines = [
-        dump(config),
-        f"layout: {world_size} ranks = TP {layout.tensor} x PP {layout.pipeline} x "
-        f"DP {layout.data_parallel(world_size)}; {micro_batches} micro-batches a step; "
-        f"heads: {config.heads_of_layout.mode}",
-        _table("parameters", {name: f"{value:,}" for name, value in parts.items()}),
-        _table("memory estimate of one rank (the fullest), MiB", {k: f"{v / 2**20:,.1f}" for k, v in sizes.items()}),
-        f"training FLOPs per token: {flops:,.0f}",
-        f"tokens of the whole run: {tokens:,}",
-    ]
-    if layout.stages > 1:
-        lines.insert(2, stage_table(stages))
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            dump(config),
+            _table("parameters", {name: f"{value:,}" for name, value in parts.items()}),
+            f"layout: {world_size} ranks = TP {layout.tensor} x PP {layout.pipeline} x "
+            f"DP {layout.data_parallel(world_size)}; {micro_batches} micro-batches a step; "
+            f"heads: {config.heads_of_layout.mode}",
+            *([stage_table(stages)] if layout.stages > 1 else []),
+            _table(
+                "memory estimate of one rank (the fullest), MiB", {k: f"{v / 2**20:,.1f}" for k, v in sizes.items()}
+            ),
+            f"training FLOPs per token: {flops:,.0f}",
+            f"tokens of the whole run: {tokens:,}",
+        ]
+    )
 
 
 def _stages(config: RunConfig, world_size: int, micro_batches: int) -> list[Stage]:
