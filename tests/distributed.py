@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 TIMEOUT_SECONDS = 90.0
-GRACE_SECONDS = 5.0  # what the other ranks get when one has failed
+GRACE_SECONDS = 10.0  # what the other ranks get when one has failed
 # The second line is what deepspeed imports late, when an engine is built: torch.compile and all of its machinery.
 PRELOAD = ["pytest", "torch.utils.tensorboard", "megamtp.training.launch", "megamtp.engine.launch", "deepspeed"]
 PRELOAD += ["torch._dynamo", "deepspeed.runtime.zero.muon.original_muon", "deepspeed.module_inject.auto_ep_layer"]
