@@ -69,7 +69,6 @@ class Engine:
     # --- what differs with a pipeline
 
     has_heads = True  # this rank computes losses
-    reads_data = True  # this rank needs the micro-batches that it is given
 
     def _named_layers(self, model: MultiTokenModel) -> list[NamedLayer]:
         return model.named_layers()

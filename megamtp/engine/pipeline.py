@@ -8,6 +8,7 @@ because only there DeepSpeed hands out the targets.
 import io
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
+from itertools import islice
 
 import torch
 from deepspeed.pipe import PipelineModule
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from megamtp.engine.engine import Engine, ModelInputs
 from megamtp.model.heads import HeadLosses, HeadsConfig, MultiTokenHeads
 from megamtp.model.model import NamedLayer, build_layers, materialize_
-from megamtp.model.transformer import BlockInputs, Embedding, ModelConfig, OpsConfig, block_inputs
+from megamtp.model.transformer import BlockInputs, ModelConfig, OpsConfig, block_inputs
 from megamtp.ops.cross_entropy import IGNORE_INDEX
 from megamtp.parallel.groups import ProcessGrid
+from megamtp.parallel.layers import VocabParallelEmbedding
 
 
 class PipelineStages(PipelineModule):
@@ -76,12 +78,12 @@ class PipelineStages(PipelineModule):
         for layer in self.forward_funcs:
             if isinstance(layer, MultiTokenHeads):
                 return x, shared
-            x = layer(x) if isinstance(layer, Embedding) else layer(x, shared)
+            x = layer(x) if isinstance(layer, VocabParallelEmbedding) else layer(x, shared)
         return x if packed is None else (x, packed)
 
     def _loss(self, outputs: tuple[Tensor, BlockInputs], targets: Tensor) -> Tensor:
         losses = self.forward_funcs[-1](outputs[0], targets, outputs[1])
-        self.losses.append(losses)
+        self.losses.append(losses._replace(loss=losses.loss.detach()))
         return losses.loss
 
 
@@ -107,7 +109,7 @@ class PipelineEngine(Engine):
 
     @property
     def reads_data(self) -> bool:
-        return self.has_heads or any(isinstance(layer, Embedding) for _, layer in self.layers)
+        return self.has_heads or any(isinstance(layer, VocabParallelEmbedding) for _, layer in self.layers)
 
     def _configure(self) -> None:
         # DeepSpeed's schedule ends with the update; norm and clipping go between it and the gradients' reduction.
@@ -126,16 +128,16 @@ class PipelineEngine(Engine):
         return self._grad_norm
 
     def _run_evaluation(self, batches: Iterable[ModelInputs]) -> None:
-        batches = list(batches)
-        # DualPipeV's buffers are numbered for the micro-batches of a training step: it evaluates as many at a time.
-        # Empty ones fill up.
-        group = self.micro_batches if isinstance(self.module, DualPipeVStages) else max(1, len(batches))
-        if batches and len(batches) % group:
-            empty = batches[-1] | {"targets": torch.full_like(batches[-1]["targets"], IGNORE_INDEX)}
-            batches += [empty] * (-len(batches) % group)
-        for first in range(0, len(batches), group):
-            data = self._as_deepspeed(batches[first : first + group])
-            self.deepspeed.eval_batch(data, num_micro_batches=group)
+        # DualPipeV's buffers are numbered for the micro-batches of a training step: it evaluates as many at a time,
+        # and empty ones fill up. 1F1B takes any number; enough of them keep its stages busy.
+        fixed = isinstance(self.module, DualPipeVStages)
+        size = self.micro_batches if fixed else max(self.micro_batches, 8 * self.grid.pp_size)
+        batches = iter(batches)
+        while group := list(islice(batches, size)):
+            if fixed and len(group) < size:
+                empty = group[-1] | {"targets": torch.full_like(group[-1]["targets"], IGNORE_INDEX)}
+                group += [empty] * (size - len(group))
+            self.deepspeed.eval_batch(self._as_deepspeed(group), num_micro_batches=len(group))
             self.module.train()
             self._take_losses()
 

@@ -105,13 +105,15 @@ def layer_train_flops(config: ModelConfig, seq_len: int, recompute: str, heads_m
     """FLOPs per token of a training step for each layer of the model's list, recomputation included.
 
     The list is [embedding, a trunk block each, all heads with their norm and unembeddings]. ``recompute``: "none";
-    "selective", a block's attention runs forward again; "full", the whole block does, but for its last product,
+    "selective", a block's attention runs forward again, "full", the whole block does, either but for its last product,
     whose result no gradient needs. Sequential heads never recompute. Without recomputation and the embedding
     (``embedding_train_flops``) the sum is ``train_flops_per_token``.
     """
     forward = block_forward_flops(config, seq_len)
     whole = forward - 2 * config.hidden_dim * config.dim
-    again = {"none": 0.0, "selective": attention_forward_flops(config, seq_len), "full": whole}[recompute]
+    projections = 2 * config.dim * (config.dim + 2 * kv_width(config))
+    attention = projections + attention_forward_flops(config, seq_len)
+    again = {"none": 0.0, "selective": attention, "full": whole}[recompute]
     head = 3 * (forward + unembedding_forward_flops(config)) + (again if heads_mode in ("joint", "naive") else 0)
     blocks = [3 * forward + again] * config.n_trunk_layers
     return [embedding_train_flops(config), *blocks, config.n_future_tokens * head]

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from megamtp.config import config_dataclass, option
-from megamtp.model.transformer import Block, BlockInputs, Layer, ModelConfig, OpsConfig, RMSNorm
+from megamtp.model.transformer import Block, BlockInputs, ModelConfig, OpsConfig, RMSNorm
 from megamtp.ops.cross_entropy import (
     CHUNK_TOKENS,
     TokenLosses,
@@ -30,6 +30,7 @@ from megamtp.ops.cross_entropy import (
     reference_linear_cross_entropy,
     scale_in_place,
 )
+from megamtp.parallel.layers import ColumnParallel
 from megamtp.parallel.tensor import WHOLE, TensorParallel
 
 
@@ -78,7 +79,7 @@ class MultiTokenHeads(nn.Module):
             ops = replace(ops, recompute="none")
         self.heads = nn.ModuleList(Block(config, ops, tp) for _ in range(n))
         self.norm = RMSNorm(config.dim, config.norm_eps, tp)
-        self.output = Layer(tp.shard((config.padded_vocab_size, config.dim), 0))
+        self.output = ColumnParallel(config.dim, config.padded_vocab_size, tp)
         self.n_tokens = min(config.vocab_size - self.output.shard.start, len(self.output.weight))  # rows not padding
 
     @property

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from megamtp.model.heads import HeadLosses, HeadsConfig, MultiTokenHeads
 from megamtp.model.initialize import initialize_
-from megamtp.model.transformer import Block, Embedding, Layer, ModelConfig, OpsConfig, block_inputs
+from megamtp.model.transformer import Block, ModelConfig, OpsConfig, block_inputs
+from megamtp.parallel.layers import Layer, VocabParallelEmbedding
 from megamtp.parallel.tensor import WHOLE, Shard, TensorParallel
 
 
@@ -19,7 +20,7 @@ def build_layers(
     Only what is returned is built, on the current device.
     """
     layers = [
-        ("tok_embeddings.", lambda: Embedding(config.padded_vocab_size, config.dim, tp)),
+        ("tok_embeddings.", lambda: VocabParallelEmbedding(config.padded_vocab_size, config.dim, tp)),
         *((f"layers.{i}.", lambda: Block(config, ops, tp)) for i in range(config.n_trunk_layers)),
         ("", lambda: MultiTokenHeads(config, heads, ops, tp)),
     ]

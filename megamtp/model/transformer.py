@@ -10,14 +10,14 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megamtp.config import REQUIRED, config_dataclass, option
 from megamtp.ops.attention import ATTENTION_BACKENDS, Documents, attention
 from megamtp.ops.elementwise import apply_rotary, rotary_table, swiglu
 from megamtp.ops.norm import rms_norm
-from megamtp.parallel.tensor import WHOLE, Shard, TensorParallel, column_parallel
+from megamtp.parallel.layers import ColumnParallel, Layer, RowParallel, column_parallel
+from megamtp.parallel.tensor import WHOLE, TensorParallel
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -82,7 +82,7 @@ class OpsConfig:
         "sdpa", "sdpa: PyTorch's fused attention; reference: the definition"
     )
     recompute: Literal["none", "selective", "full"] = option(
-        "none", "of a block's activations in its backward pass: none; selective: the attention's; full: all"
+        "none", "what a backward pass computes again: none; selective: attention, q to output; full: the whole block"
     )
 
 
@@ -109,15 +109,6 @@ def block_inputs(
     return BlockInputs(rotary, documents)
 
 
-class Layer(nn.Module):
-    """One weight, of which this rank holds the slice ``shard``."""
-
-    def __init__(self, shard: Shard):
-        super().__init__()
-        self.shard = shard
-        self.weight = nn.Parameter(torch.empty(shard.local_shape))
-
-
 class RMSNorm(Layer):
     def __init__(self, dim: int, eps: float, tp: TensorParallel = WHOLE):
         super().__init__(tp.replicated((dim,)))
@@ -127,55 +118,41 @@ class RMSNorm(Layer):
         return rms_norm(x, self.tp.replicated_weight(self.weight), self.eps)
 
 
-class RowParallel(Layer):
-    """x (b, s, d_in / tp) -> what is held between layers: (b, s, d_out) or its slice of the sequence. No bias."""
-
-    def __init__(self, d_in: int, d_out: int, tp: TensorParallel = WHOLE):
-        super().__init__(tp.shard((d_out, d_in), 1))
-        self.tp = tp
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.tp.leave(F.linear(x, self.weight))
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, ops: OpsConfig, tp: TensorParallel = WHOLE):
         super().__init__()
         self.head_dim, self.tp = config.head_dim, tp
         self.backend, self.recompute = ATTENTION_BACKENDS[ops.attention], ops.recompute == "selective"
-        kv_shape = config.kv_heads * config.head_dim, config.dim
-        self.wq = Layer(tp.shard((config.n_heads * config.head_dim, config.dim), 0))
-        self.wk = Layer(tp.kv_shard(kv_shape))
-        self.wv = Layer(tp.kv_shard(kv_shape))
+        self.wq = ColumnParallel(config.dim, config.n_heads * config.head_dim, tp)
+        self.wk = ColumnParallel(config.dim, config.kv_heads * config.head_dim, tp, kv=True)
+        self.wv = ColumnParallel(config.dim, config.kv_heads * config.head_dim, tp, kv=True)
         self.wo = RowParallel(config.n_heads * config.head_dim, config.dim, tp)
 
     def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
-        qkv = column_parallel(
-            x, self.tp, self.wq.weight, self.wk.weight, self.wv.weight, replicated=self.tp.kv_replicas > 1
-        )
         if self.recompute and torch.is_grad_enabled():
-            out = checkpoint(self._attend, *qkv, inputs, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out = self._attend(*qkv, inputs)
-        return self.wo(out)
+            # With the projections: fused attention keeps no scores, so that it alone would save nothing.
+            return checkpoint(self._forward, x, inputs, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, inputs)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: BlockInputs) -> Tensor:
+    def _forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        q, k, v = column_parallel(x, self.tp, self.wq, self.wk, self.wv)
         q = apply_rotary(q.unflatten(-1, (-1, self.head_dim)), inputs.rotary)  # (b, s, h, hd)
         k = apply_rotary(k.unflatten(-1, (-1, self.head_dim)), inputs.rotary)  # (b, s, g, hd)
         v = v.unflatten(-1, (-1, self.head_dim))  # (b, s, g, hd)
-        return attention(q, k, v, backend=self.backend, documents=inputs.documents).flatten(-2)  # (b, s, h * hd)
+        out = attention(q, k, v, backend=self.backend, documents=inputs.documents)  # (b, s, h, hd)
+        return self.wo(out.flatten(-2))
 
 
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, tp: TensorParallel = WHOLE):
         super().__init__()
         self.tp = tp
-        self.w1 = Layer(tp.shard((config.hidden_dim, config.dim), 0))  # gate
+        self.w1 = ColumnParallel(config.dim, config.hidden_dim, tp)  # gate
         self.w2 = RowParallel(config.hidden_dim, config.dim, tp)  # down
-        self.w3 = Layer(tp.shard((config.hidden_dim, config.dim), 0))  # up
+        self.w3 = ColumnParallel(config.dim, config.hidden_dim, tp)  # up
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = column_parallel(x, self.tp, self.w1.weight, self.w3.weight)
+        gate, up = column_parallel(x, self.tp, self.w1, self.w3)
         return self.w2(swiglu(gate, up))
 
 
@@ -198,19 +175,3 @@ class Block(nn.Module):
     def _forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
         x = x + self.attention(self.attention_norm(x), inputs)
         return x + self.feed_forward(self.ffn_norm(x))
-
-
-class Embedding(Layer):
-    """tokens (b, s) -> (b, s, d), or this rank's slice of the sequence."""
-
-    def __init__(self, n_rows: int, dim: int, tp: TensorParallel = WHOLE):
-        super().__init__(tp.shard((n_rows, dim), 0))
-        self.tp = tp
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        if self.tp.size == 1:
-            return F.embedding(tokens, self.weight)
-        local = tokens - self.shard.start
-        foreign = (local < 0) | (local >= self.weight.shape[0])
-        rows = F.embedding(local.masked_fill(foreign, 0), self.weight)
-        return self.tp.leave(rows.masked_fill(foreign.unsqueeze(-1), 0))

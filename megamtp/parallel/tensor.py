@@ -26,7 +26,8 @@ class Shard:
     dim: int = 0
     start: int = 0
     length: int | None = None  # along dim; None = all of it
-    replica: int = 0  # of the TP ranks that hold this slice, the how-manieth this one is: 0 counts and saves it
+    copies: int = 1  # TP ranks that hold this slice
+    replica: int = 0  # of those, the how-manieth this one is: 0 counts it in the norm, and saves it
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -67,14 +68,15 @@ class TensorParallel:
 
     def kv_shard(self, shape: Sequence[int]) -> Shard:
         """Rows of wk or wv: shared out like any others, or the same for ``kv_replicas`` neighbouring ranks."""
-        groups, member = self.size // self.kv_replicas, self.rank % self.kv_replicas
+        copies = self.kv_replicas
         if self.size == 1:
             return Shard(tuple(shape))
-        return Shard(tuple(shape), 0, *split_range(shape[0], groups, self.rank // self.kv_replicas), replica=member)
+        rows = split_range(shape[0], self.size // copies, self.rank // copies)
+        return Shard(tuple(shape), 0, *rows, copies=copies, replica=self.rank % copies)
 
     def replicated(self, shape: Sequence[int]) -> Shard:
         """The whole tensor on every rank."""
-        return Shard(tuple(shape), replica=self.rank)
+        return Shard(tuple(shape), copies=self.size, replica=self.rank)
 
     # --- collectives, outside of autograd; x is (b, s, ...) or, for a slice of the sequence, (b, s / tp, ...)
 
@@ -85,21 +87,23 @@ class TensorParallel:
 
     def gather_sequence(self, x: Tensor) -> Tensor:
         """(b, s / tp, ...) of each rank -> (b, s, ...)."""
-        out, work = self._start_gather(x)
+        out, work = self.start_gather(x)
         work.wait()
-        return _from_rank_major(out)
+        return from_rank_major(out)
 
     def scatter_sequence(self, x: Tensor) -> Tensor:
         """(b, s, ...), a part of a sum on each rank -> this rank's (b, s / tp, ...) of the sum."""
-        out, work = self._start_scatter(x)
+        out, work = self.start_scatter(x)
         work.wait()
         return out
 
-    def _start_gather(self, x: Tensor):
+    def start_gather(self, x: Tensor) -> tuple[Tensor, dist.Work]:
+        """(tp, b, s / tp, ...) when the handle has been waited for: see ``from_rank_major``."""
         out = x.new_empty(self.size, *x.shape)
         return out, _all_gather_single(out.view(-1, *x.shape[1:]), x.contiguous(), group=self.group, async_op=True)
 
-    def _start_scatter(self, x: Tensor):
+    def start_scatter(self, x: Tensor) -> tuple[Tensor, dist.Work]:
+        """This rank's (b, s / tp, ...) when the handle has been waited for."""
         parts = x.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()  # (tp, b, s / tp, ...): a piece a rank
         out = torch.empty_like(parts[0])
         return out, _reduce_scatter_single(out, parts.flatten(0, 1), group=self.group, async_op=True)
@@ -144,52 +148,6 @@ class TensorParallel:
 WHOLE = TensorParallel()
 
 
-def column_parallel(x: Tensor, tp: TensorParallel, *weights: Tensor, replicated: bool = False) -> tuple[Tensor, ...]:
-    """x (b, s, d) or its slice (b, s / tp, d), weights (rows_i, d) -> (b, s, rows_i) each: one entry for all products.
-
-    With ``replicated``, all weights but the first are shared by the ranks of ``tp.kv_group``. In the backward pass
-    the gradient of x travels while the weights' gradients are computed.
-    """
-    if tp.size == 1:
-        return tuple(torch.nn.functional.linear(x, weight) for weight in weights)
-    return _ColumnParallel.apply(x, tp, replicated, *weights)
-
-
-class _ColumnParallel(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, tp, replicated, *weights):
-        # x as it is held: the whole sequence is gathered again in the backward pass, for 1 / tp of the memory.
-        ctx.save_for_backward(x, *weights)
-        ctx.tp, ctx.replicated = tp, replicated
-        whole = tp.whole_sequence(x)
-        return tuple(torch.nn.functional.linear(whole, weight) for weight in weights)
-
-    @staticmethod
-    def backward(ctx, *dys):
-        x, *weights = ctx.saved_tensors
-        tp, gathering = ctx.tp, None
-        if tp.sequence_parallel:
-            gathered, gathering = tp._start_gather(x)
-        dys = [dy.flatten(0, 1) for dy in dys]
-        dx = dys[0] @ weights[0]
-        for dy, weight in zip(dys[1:], weights[1:], strict=True):
-            dx.addmm_(dy, weight)
-        dx = dx.view(x.shape[0], -1, x.shape[-1])
-        if tp.sequence_parallel:
-            gathering.wait()
-            x = _from_rank_major(gathered)
-            dx, work = tp._start_scatter(dx)
-        else:
-            work = tp.sum(dx, async_op=True)
-        x = x.flatten(0, 1)
-        dweights = [dy.t() @ x for dy in dys]
-        work.wait()
-        if ctx.replicated:
-            for dweight in dweights[1:]:
-                tp.sum(dweight, tp.kv_group)
-        return dx, None, None, *dweights
-
-
 class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, tp):
@@ -223,6 +181,6 @@ class _SumGradient(torch.autograd.Function):
         return ctx.tp.sum(dweight.clone()), None
 
 
-def _from_rank_major(x: Tensor) -> Tensor:
+def from_rank_major(x: Tensor) -> Tensor:
     """(tp, b, s / tp, ...) -> (b, s, ...); a view where b is 1."""
     return x.transpose(0, 1).flatten(1, 2)

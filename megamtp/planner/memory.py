@@ -83,7 +83,7 @@ def estimate_memory(
     values = sum(part.in_flight * _trunk_blocks(config, part) for part in held) * kept
     # One block at a time: the one that is computed again, or (sequential) the one head that runs.
     whole_block = block_activation_values(config, "none", tensor, sequence_parallel)
-    at_a_time = whole_block if recompute == "full" else 0
+    at_a_time = whole_block if recompute == "full" else whole_block - kept
 
     loss_buffers = 0
     if holds_heads:
@@ -111,13 +111,13 @@ def block_activation_values(
 
     Held between layers, whole or a slice of the sequence: norm inputs and outputs and both residual sums (6 dim).
     Split: q, k before and after rotary, v, the attention's output, and gate, silu(gate), up and their product.
-    Full recomputation keeps the block's input alone. Selective drops the attention's scores, which fused attention
-    never writes: they are counted nowhere.
+    Full recomputation keeps the block's input alone; selective all but what lies between the attention's input and
+    output. The scores, which fused attention never writes, are counted nowhere.
     """
     between = _between_layers(config, tensor, sequence_parallel)
     if recompute == "full":
         return between
-    attention = 3 * share(config.dim, tensor) + 3 * kv_width(config, tensor)
+    attention = 0 if recompute == "selective" else 3 * share(config.dim, tensor) + 3 * kv_width(config, tensor)
     return 6 * between + attention + 4 * share(config.hidden_dim, tensor)
 
 

@@ -35,15 +35,18 @@ BF16 = [
     Case(2, tensor=2, sequence=True, zero=1, precision="bf16"),
     Case(2, tensor=2, zero=2, precision="bf16"),
     Case(2, pipeline=2, zero=1, precision="bf16"),
-    Case(4, tensor=2, pipeline=2, sequence=True, zero=1, precision="bf16"),
+    Case(2, pipeline=2, schedule="dualpipev", zero=1, precision="bf16"),
+    Case(4, tensor=2, pipeline=2, sequence=True, zero=1, mode="joint", precision="bf16"),
 ]
+# Of bf16: largest relative errors, against fp32 and between layouts.
+NEAR = {"loss": 2e-3, "grad_norm": 1e-2, "parameters": 5e-2, "evaluation": 2e-3, "replicas": 0}
 TOGETHER = [*QUICK, *EDGES, *POISONED, *BF16]
 
 
 @functools.cache
-def trained(world: int) -> dict[Case, Training]:
+def trained(world: int, precision: str = "fp32") -> dict[Case, Training]:
     """All cases of every run of the tests that have so many ranks, in one group of them."""
-    cases = [case for case in TOGETHER if case.world == world]
+    cases = [case for case in TOGETHER if (case.world, case.precision) == (world, precision)]
     return dict(zip(cases, train(cases), strict=True))
 
 
@@ -120,17 +123,17 @@ def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(case):
 
 @pytest.mark.parametrize("case", BF16, ids=str)
 def test_bf16_is_near_fp32(case):
-    training = trained(case.world)[case]
+    training = trained(case.world, "bf16")[case]
     found = errors(training, reference(case.n_trunk_layers, case.clip))
-    assert found["loss"] < 2e-2 and found["evaluation"] < 2e-2, found
-    assert found["replicas"] == 0
+    assert all(found[name] <= limit for name, limit in NEAR.items()), found
     assert_ran(case, training.running)
 
 
 def test_bf16_layouts_are_near_each_other():
-    losses = {str(case): np.array(trained(case.world)[case].losses) for case in BF16}
-    for (name, a), (other, b) in combinations(losses.items(), 2):
-        assert np.max(np.abs(a - b) / b) < 5e-3, (name, other)
+    results = {str(case): trained(case.world, "bf16")[case] for case in BF16}
+    for (name, a), (other, b) in combinations(results.items(), 2):
+        found = errors(a, b)
+        assert all(found[kind] <= limit for kind, limit in NEAR.items()), (name, other, found)
 
 
 def test_the_report_is_made_from_the_records():
