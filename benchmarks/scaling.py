@@ -24,6 +24,7 @@ import os
 import socket
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +84,7 @@ class Run:
         precision: str = "fp32",
         recompute: str = "none",
         documents: bool = False,
+        heads: HeadsConfig | None = None,
     ):
         from megamtp.engine.build import build_engine
         from megamtp.engine.launch import start_processes
@@ -91,7 +93,8 @@ class Run:
 
         config = ModelConfig(**size.model)
         grid = start_processes(parallel, config.kv_heads)
-        heads = replace(HeadsConfig(), mode=HeadsConfig().mode_under(parallel.zero_stage))
+        heads = heads or HeadsConfig()
+        heads = replace(heads, mode=heads.mode_under(parallel.zero_stage))
         micro_batches = size.global_batch // size.micro_batch // grid.dp_size
         step = dict(
             micro_batch_size=size.micro_batch, micro_batches=micro_batches, seq_len=size.seq_len, precision=precision
@@ -154,10 +157,18 @@ def worker(pipe, size: Size, layout: Layout, variables: dict[str, str]) -> None:
             pipe.send((seconds, loss))
 
 
-class Ranks:
-    """The processes of one layout."""
+def process_context():
+    """One server imports torch and deepspeed once, and every rank is forked from it."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megamtp.engine.launch", "megamtp.training.host_memory", "deepspeed"])
+    return context
 
-    def __init__(self, context, size: Size, layout: Layout):
+
+class Ranks:
+    """The processes of one layout; each runs ``target(pipe, size, layout, variables)``."""
+
+    def __init__(self, context, size: Size, layout: Any, target: Callable = worker):
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             port = server.getsockname()[1]
@@ -166,7 +177,7 @@ class Ranks:
             variables = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=layout.ranks, MASTER_PORT=port)
             variables = {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
             ours, theirs = context.Pipe()
-            process = context.Process(target=worker, args=(theirs, size, layout, variables), daemon=True)
+            process = context.Process(target=target, args=(theirs, size, layout, variables), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -244,10 +255,7 @@ def main() -> None:
     options = parser.parse_args()
     size, rounds = (QUICK, 3) if options.quick else (FULL, options.rounds)
 
-    # One server imports torch and deepspeed once, and every rank is forked from it.
-    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megamtp.engine.launch", "megamtp.training.host_memory", "deepspeed"])
+    context = process_context()
     groups = {name: Ranks(context, size, layout) for name, layout in LAYOUTS.items()}
     times = measure(groups, rounds)
     counted = {name: ranks.ask("bytes") for name, ranks in groups.items() if LAYOUTS[name].ranks > 1}
@@ -276,18 +284,19 @@ def main() -> None:
         "rounds": rounds,
         "layouts": rows,
     }
-    line = json.dumps(_rounded(result))
+    line = json.dumps(rounded(result))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(line + "\n")
     print(line)
 
 
-def _rounded(value):
+def rounded(value: Any) -> Any:
+    """Nested plain values with 4 digits after the point."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     return round(value, 4) if isinstance(value, float) else value
 
 

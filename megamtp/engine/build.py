@@ -1,5 +1,7 @@
 """From the configs to this rank's engine."""
 
+import torch
+
 from megamtp.engine.engine import Engine, Precision
 from megamtp.engine.optimizer import OptimizerConfig
 from megamtp.model.cut import choose_cut
@@ -32,11 +34,14 @@ def build_engine(
         micro_batch_size=micro_batch_size,
         micro_batches=micro_batches,
     )
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if parallel.pipeline == 1:
-        return Engine(build_model(model, heads, ops, seed=seed, tp=grid.tensor, device=grid.device), **options)
+        whole = build_model(model, heads, ops, seed=seed, dtype=dtype, tp=grid.tensor, device=grid.device)
+        return Engine(whole, **options)
 
     from megamtp.engine.pipeline import DualPipeVStages, PipelineEngine, PipelineStages
 
     boundaries = choose_cut(model, heads.mode or "sequential", parallel, seq_len, ops.recompute)
     stages = DualPipeVStages if parallel.schedule == "dualpipev" else PipelineStages
-    return PipelineEngine(stages(model, heads, ops, grid=grid, boundaries=boundaries, seed=seed), **options)
+    module = stages(model, heads, ops, grid=grid, boundaries=boundaries, seed=seed, dtype=dtype)
+    return PipelineEngine(module, **options)

@@ -81,8 +81,7 @@ class Engine:
         return ModelParallelUnit(self.grid)
 
     def _configure(self) -> None:
-        # With one replica there is nothing to reduce, and DeepSpeed would still copy every gradient twice.
-        self.deepspeed.enable_backward_allreduce = self.grid.dp_size > 1 or self.deepspeed.zero_optimization()
+        self.deepspeed.enable_backward_allreduce = self._needs_reduction()
 
     def _run_step(self, batches: list[ModelInputs]) -> float:
         for index, batch in enumerate(batches):
@@ -100,6 +99,14 @@ class Engine:
             self._add(self._forward(self.module, batch))
 
     # --- the same in every layout
+
+    def _needs_reduction(self) -> bool:
+        """With one replica there is nothing to reduce, and DeepSpeed would still copy every gradient twice.
+
+        ZeRO's optimizers take their gradients over in the course of it, but for bf16 with ZeRO-1.
+        """
+        takes_over = hasattr(self.deepspeed.optimizer, "averaged_gradients")
+        return self.grid.dp_size > 1 or takes_over
 
     def train_step(self, batches: list[ModelInputs], lr: float) -> StepResult:
         """One optimizer step over this rank's micro-batches. A non-finite gradient norm skips the update."""
@@ -120,8 +127,9 @@ class Engine:
 
     def gradients(self) -> list[tuple[dict, list[Tensor]]]:
         """(optimizer's group, reduced gradients that this rank is about to use), after the last backward."""
-        optimizer, adamw = self.deepspeed.optimizer, self.deepspeed.basic_optimizer
-        groups = adamw.param_groups
+        optimizer, groups = self.deepspeed.optimizer, self.deepspeed.basic_optimizer.param_groups
+        if hasattr(optimizer, "_wait_for_offload_copies"):  # they run behind the host's back
+            optimizer._wait_for_offload_copies()
         if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):  # BF16_Optimizer: bf16 with ZeRO-1
             return [
                 (group, [g]) for group, g in zip(groups, optimizer.fp32_groups_gradient_flat_partition, strict=True)
@@ -141,39 +149,39 @@ class Engine:
         """Global norm of the gradient; scales it to at most ``clip``, or sees to it that no rank steps."""
         # Without ZeRO every replica holds the same gradient: one of them counts.
         counts = self.deepspeed.zero_optimization() or self.grid.dp_rank == 0
-        # In fp32 a GPU's norm overflows for finite gradients beyond 1e19; the CPU's does not, and is slow in fp64.
-        wide = torch.float64 if self.grid.device.type == "cuda" else None
         square = torch.zeros((), dtype=torch.float64, device=self.grid.device)
         gradients = self.gradients()
         for group, grads in gradients:
             if counts and grads and group["counts_in_norm"]:
+                # In fp32 a GPU's norm overflows for finite gradients beyond 1e19; the CPU's does not, and fp64 is slow.
+                wide = torch.float64 if grads[0].is_cuda else None
                 square += torch.stack(torch._foreach_norm(grads, dtype=wide)).double().square().sum().to(square.device)
         self._norm = self.grid.sum_over_ranks(square).sqrt()
         grad_norm = self._norm.item()
-        owned = [grad for _, grads in gradients for grad in grads]
         if not math.isfinite(grad_norm):
-            if self.deepspeed.zero_optimization():
-                # ZeRO's optimizers skip a non-finite step themselves: each must see that it is one.
-                for grad in owned[:1]:
-                    grad.view(-1)[:1] = math.inf
-            else:
-                # A bare AdamW would step into NaN.
+            # ZeRO's optimizers skip the step when they see this norm. A bare AdamW would step into NaN.
+            if not self.deepspeed.zero_optimization():
                 self.module.zero_grad(set_to_none=True)
         elif self.clip and grad_norm > self.clip:
-            torch._foreach_mul_(owned, self.clip / grad_norm)
+            for _, grads in gradients:
+                if grads:
+                    torch._foreach_mul_(grads, self.clip / grad_norm)
         return grad_norm
 
     def _replace_norms(self) -> None:
-        """DeepSpeed's ZeRO optimizers take the norm that was just computed.
+        """DeepSpeed's ZeRO optimizers take the norm that was just computed, and skip the step where it is not finite.
 
-        Their own counts other tensor-parallel ranks' replicas again, and waits for one message a group of parameters
-        from every stage, also from a stage that has no such group.
+        Their own count other tensor-parallel ranks' replicas again or crash where all of a rank's are, and wait for
+        one message a group of parameters from every stage, also from a stage that has no such group.
         """
         optimizer = self.deepspeed.optimizer
         if hasattr(optimizer, "scaled_global_norm"):  # ZeRO-1 and 2
             optimizer.scaled_global_norm = lambda *_: self._norm
+            optimizer.check_overflow = lambda *_, **__: None  # a pass over all gradients to learn the same
         if hasattr(optimizer, "_get_norm_groups"):  # ZeRO-3
             optimizer._get_norm_groups = lambda: [self._norm]
+        if hasattr(optimizer, "get_grads_for_norm"):  # bf16 with ZeRO-1 asks only whether it is finite: 0, or NaN
+            optimizer.get_grads_for_norm = lambda *_, **__: ([self._norm * 0], {})
 
     def _forward(self, run, inputs: ModelInputs) -> HeadLosses:
         device = self.grid.device
@@ -214,6 +222,7 @@ class ModelParallelUnit:
     def get_model_parallel_group(self):
         return self.grid.model_group
 
+    # It asks by these names, too, and means the same: without a pipeline both are the tensor-parallel ranks.
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
     get_tensor_model_parallel_group = get_model_parallel_group
@@ -245,6 +254,10 @@ def deepspeed_config(parallel: ParallelConfig, precision: Precision, micro_batch
         "zero_force_ds_cpu_optimizer": False,
     }
     if precision == "bf16":
-        # Without grad_accum_dtype ZeRO-1 would silently sum micro-batches in bf16.
-        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        # ZeRO-1 takes each gradient when it is ready, not when backward ends: it clears gradients in a hook on the
+        # output of the module's forward, and in a pipeline the heads, behind that output, have theirs already.
+        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        # Without these it would silently sum micro-batches, and replicas, in bf16.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
     return config

@@ -1,4 +1,4 @@
-"""Start DeepSpeed's communication in this process, under torchrun or alone."""
+"""Start DeepSpeed's communication in this process, under any launcher or alone."""
 
 import logging
 import os
@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megamtp.errors import UserError
 from megamtp.parallel.environment import launch_environment, set_rendezvous
 from megamtp.parallel.groups import ParallelConfig, ProcessGrid
 
@@ -24,10 +25,14 @@ def start_processes(parallel: ParallelConfig | None = None, kv_heads: int = 1) -
     rank, world_size, local_rank, _ = environment
     set_rendezvous(environment)
     use_cuda = torch.cuda.is_available()
-    # DeepSpeed reads both when it is imported: without the first it probes for accelerators (seconds),
-    # and its engine insists on the second even in a single process.
+    if use_cuda:
+        local_rank = _device_index(local_rank)
+    # DeepSpeed reads these when it is imported: without the first it probes for accelerators (seconds), its engine
+    # insists on the second even in a single process, and that the third, where there is one, is the same.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_cuda else "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(local_rank)
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
@@ -37,6 +42,7 @@ def start_processes(parallel: ParallelConfig | None = None, kv_heads: int = 1) -
     if not dist.is_initialized():
         backend = "nccl" if use_cuda else "gloo"
         if world_size > 1:
+            # Without device_id: with one, NCCL's groups would need every rank of the world to be made.
             dist.init_process_group(backend, timeout=TIMEOUT)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -52,6 +58,14 @@ def start_processes(parallel: ParallelConfig | None = None, kv_heads: int = 1) -
         local_rank=local_rank,
         device=device,
     )
+
+
+def _device_index(local_rank: int) -> int:
+    """Of this rank's GPU among those that it sees: all of the node's, or one (``srun --gpus-per-task=1``)."""
+    count = torch.cuda.device_count()
+    if count > 1 and local_rank >= count:
+        raise UserError(f"local rank {local_rank}: this node shows {count} GPUs; start at most {count} ranks on it")
+    return local_rank if count > 1 else 0
 
 
 def stop_processes() -> None:

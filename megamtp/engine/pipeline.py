@@ -38,9 +38,10 @@ class PipelineStages(PipelineModule):
         grid: ProcessGrid,
         boundaries: list[int],
         seed: int | None,
+        dtype: torch.dtype,
     ):
         self.config, self._heads, self._ops, self._grid_of_run = config, heads, ops, grid
-        self._boundaries, self._seed = boundaries, seed
+        self._boundaries, self._seed, self._dtype = boundaries, seed, dtype
         self._prefixes: dict[nn.Module, str] = {}
         self.losses: list[HeadLosses] = []  # of the micro-batches since they were last taken
         topology = PipeModelDataParallelTopology(num_pp=grid.pp_size, num_mp=grid.tensor.size, num_dp=grid.dp_size)
@@ -56,7 +57,7 @@ class PipelineStages(PipelineModule):
         tp, cut = self._grid_of_run.tensor, slice(self._local_start, self._local_stop)
         with torch.device("meta"):
             layers = build_layers(self.config, self._heads, self._ops, tp, cut)
-        materialize_(layers, self.config, self._seed, self._grid_of_run.device)
+        materialize_(layers, self.config, self._seed, self._dtype, self._grid_of_run.device)
         for index, (prefix, layer) in enumerate(layers, self._local_start):
             self.forward_funcs.append(layer)
             self.add_module(str(index), layer)
@@ -112,6 +113,7 @@ class PipelineEngine(Engine):
         return self.has_heads or any(isinstance(layer, VocabParallelEmbedding) for _, layer in self.layers)
 
     def _configure(self) -> None:
+        self.deepspeed.pipeline_enable_backward_allreduce = self._needs_reduction()
         # DeepSpeed's schedule ends with the update; norm and clipping go between it and the gradients' reduction.
         instructions = dict(self.deepspeed._INSTRUCTION_MAP)
         step = instructions[schedule.OptimizerStep]
@@ -155,7 +157,9 @@ class PipelineEngine(Engine):
 
 def _as_deepspeed(batch: ModelInputs):
     tokens, positions, documents = batch["tokens"], batch.get("positions"), batch.get("document_ids")
-    if positions is None and documents is None:
+    if documents is None:
+        if positions is not None:
+            raise ValueError("positions travel through a pipeline with document_ids only; give both, or neither")
         return tokens, batch["targets"]
     if positions is None:
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)

@@ -80,12 +80,12 @@ class MultiTokenHeads(nn.Module):
         self.heads = nn.ModuleList(Block(config, ops, tp) for _ in range(n))
         self.norm = RMSNorm(config.dim, config.norm_eps, tp)
         self.output = ColumnParallel(config.dim, config.padded_vocab_size, tp)
-        self.n_tokens = min(config.vocab_size - self.output.shard.start, len(self.output.weight))  # rows not padding
+        self.n_rows = min(config.vocab_size - self.output.shard.start, len(self.output.weight))  # that are not padding
 
     @property
     def unembedding(self) -> Tensor:
         """(V, d): this rank's rows of real tokens. Padding rows never meet a hidden state, so they cannot leak."""
-        return self.output.weight[: self.n_tokens]
+        return self.output.weight[: self.n_rows]
 
     @property
     def vocabulary(self) -> dict[str, Any]:
@@ -202,7 +202,7 @@ class _SequentialHeads(torch.autograd.Function):
                 module.unembedding.detach(),
                 targets[k].flatten(),
                 grad_scale=scale,
-                dweight=dweight[: module.n_tokens],
+                dweight=dweight[: module.n_rows],
                 workspace=workspace,
                 **module.vocabulary,
             )

@@ -95,12 +95,16 @@ def logical_parameters(model: MultiTokenModel) -> Iterator[tuple[str, nn.Paramet
 
 
 def materialize_(
-    layers: Iterable[NamedLayer], config: ModelConfig, seed: int | None, device: torch.device | str = "cpu"
+    layers: Iterable[NamedLayer],
+    config: ModelConfig,
+    seed: int | None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Give layers built on the meta device memory and, unless ``seed`` is None, their initial values."""
     layers = list(layers)
     for _, layer in layers:
-        layer.to_empty(device=device)
+        layer.to(dtype).to_empty(device=device)
     if seed is not None:
         for name, parameter, shard in sharded_parameters(layers):
             initialize_(parameter, name, config, seed, shard)
@@ -119,5 +123,5 @@ def build_model(
     """Build on the meta device, then give each parameter its values (none for ``seed=None``: left uninitialised)."""
     with torch.device("meta"):
         model = MultiTokenModel(config, heads, ops, tp)
-    materialize_(model.named_layers(), config, seed, device)
-    return model.to(dtype)
+    materialize_(model.named_layers(), config, seed, dtype, device)
+    return model

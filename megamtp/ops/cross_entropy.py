@@ -265,8 +265,7 @@ def reference_linear_cross_entropy(
 def scale_in_place(grads: list[Tensor], factor: Tensor) -> list[Tensor]:
     """Multiply stored gradients by the incoming one. On a CPU a look at the factor is free and saves the pass."""
     if factor.device.type != "cpu" or factor.item() != 1.0:
-        for grad in grads:
-            grad.mul_(factor)
+        torch._foreach_mul_(grads, factor)
     return grads
 
 

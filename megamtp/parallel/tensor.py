@@ -156,14 +156,17 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx):
-        return ctx.tp.sum_to_held(dx.clone()), None
+        return ctx.tp.sum_to_held(dx if ctx.tp.sequence_parallel else dx.clone()), None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, tp):
         ctx.tp = tp
-        return tp.sum_to_held(x.clone() if not tp.sequence_parallel else x)
+        if tp.sequence_parallel:
+            return tp.scatter_sequence(x)
+        ctx.mark_dirty(x)  # the product's own output: nobody else reads it
+        return tp.sum(x)
 
     @staticmethod
     def backward(ctx, dx):

@@ -167,7 +167,7 @@ class Checkpoint:
         Every rank calls it. Raises ``UserError`` on all of them where one finds its part damaged or of other shapes.
         """
         held = list(fragments(engine))
-        with fail_together(engine.grid):
+        with fail_together(engine.grid, UserError, OSError):
             for fragment in held:
                 saved = self.manifest["tensors"].get(fragment.name, {}).get("shape")
                 if saved != (shape := list(fragment.shape)):

@@ -2,14 +2,17 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megamtp.errors import UserError
 from megamtp.parallel.groups import ProcessGrid
+
+T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # One Ctrl-C reaches a rank twice: from the terminal, and from torchrun, which passes it on.
@@ -69,3 +72,16 @@ def fail_together(grid: ProcessGrid, *kinds: type[Exception]) -> Iterator[None]:
     for rank, message in enumerate(messages):
         if message is not None:
             raise kinds[0](f"rank {rank}: {message}")
+
+
+def from_main(grid: ProcessGrid, read: Callable[[], T]) -> T:
+    """What ``read`` returns on rank 0, on every rank; on a shared file system two ranks may see different things.
+
+    Every rank calls it. A ``UserError`` or ``OSError`` of rank 0 ends all.
+    """
+    answer = [None]
+    with fail_together(grid, UserError, OSError):
+        if grid.is_main:
+            answer = [read()]
+    dist.broadcast_object_list(answer)
+    return answer[0]

@@ -19,7 +19,7 @@ from megamtp.files import write_atomic
 from megamtp.model.cost import train_flops_per_token
 from megamtp.parallel.groups import ProcessGrid
 from megamtp.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from megamtp.training.faults import StopRequest, fail_together
+from megamtp.training.faults import StopRequest, fail_together, from_main
 from megamtp.training.metrics import MetricsWriter, peak_memory_gib, peak_tflops, reduce_heads
 from megamtp.training.run_config import RunConfig
 from megamtp.training.schedule import learning_rate
@@ -62,7 +62,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
     run_dir, training = Path(config.run_dir), config.training
     train_samples, validation_samples = open_samples(config)
     loader = Loader(train_samples, training.global_batch_size, training.micro_batch_size, grid.dp_rank, grid.dp_size)
-    latest = latest_checkpoint(run_dir / "checkpoints")
+    latest = from_main(grid, lambda: latest_checkpoint(run_dir / "checkpoints"))
     checkpoint = Checkpoint.open(latest) if latest else None
     if checkpoint:
         checkpoint.require_model(asdict(config.model))
@@ -87,7 +87,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
         step, counters = checkpoint.manifest["step"], checkpoint.manifest["state"]["counters"]
 
     metrics = None
-    with fail_together(grid):
+    with fail_together(grid, UserError, OSError):
         if grid.is_main:
             write_atomic(run_dir / "config.yaml", dump(config).encode())
             metrics = MetricsWriter(run_dir, step)

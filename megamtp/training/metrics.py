@@ -25,7 +25,7 @@ class HeadMetrics(NamedTuple):
 
 
 def reduce_heads(sums: Tensor, counts: Tensor, correct: Tensor, grid: ProcessGrid) -> HeadMetrics:
-    """Sum (n,) each over the data-parallel ranks, then divide: a true mean, whatever the masking on each rank.
+    """Sum (n,) each over all ranks, then divide: a true mean, whatever the masking on each rank.
 
     A head without a single valid target gets NaN.
     """

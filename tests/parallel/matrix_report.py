@@ -8,7 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tests.parallel.matrix import QUICK, TOLERANCE, Case, every_case, record, train_all
+from tests.parallel.cases import QUICK, Case, every_case
+from tests.parallel.matrix import TOLERANCE, record, train_all
 
 BEGIN, END = "<!-- layouts:begin -->", "<!-- layouts:end -->"
 HEADINGS = {"loss": "loss", "grad_norm": "gradient norm", "parameters": "parameters", "evaluation": "evaluation"}
@@ -99,13 +100,13 @@ def replace_between(text: str, new: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.parallel.matrix", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="every case; default: those of `make test`")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="only each N-th of them")
+    parser.add_argument("--full", action="store_true", help="every case; default: those of `make test` alone")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="with --full: only each N-th")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
     parser.add_argument("--write", type=Path, metavar="PAGE", help=f"put the tables between {BEGIN} and {END} of it")
     options = parser.parse_args()
-    cases = every_case() if options.full else QUICK
-    records = run(cases[:: options.every])
+    more = every_case()[:: options.every] if options.full else []
+    records = run(list(dict.fromkeys([*QUICK, *more])))
     if options.json:
         options.json.write_text(json.dumps(records, indent=1))
     text = report(records)

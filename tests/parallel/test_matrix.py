@@ -8,7 +8,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from tests.parallel.matrix import QUICK, RATES, Case, Training, errors, every_case, record, reference, too_large
+from tests.parallel.cases import QUICK, Case, every_case
+from tests.parallel.matrix import RATES, TOLERANCE, Training, errors, record, reference, too_large
 from tests.parallel.matrix import train_all as train
 from tests.parallel.matrix_report import replace_between, report, run
 
@@ -26,6 +27,7 @@ POISONED = [
     Case(2, pipeline=2, zero=1, poison=(1, 2)),
     Case(4, tensor=2, pipeline=2, sequence=True, zero=0, poison=(3, 2)),
     Case(4, tensor=2, pipeline=2, zero=1, poison=(0, 2)),
+    Case(4, tensor=2, pipeline=2, sequence=True, zero=1, precision="bf16", poison=(3, 2)),
 ]
 BF16 = [
     Case(1, zero=1, precision="bf16"),
@@ -102,7 +104,6 @@ def test_the_reference_says_something():
 def test_every_case_is_a_cross_product():
     cases = every_case()
     assert len(set(cases)) == len(cases) == 315
-    assert set(QUICK) - set(cases) <= {case for case in QUICK if case.zero < 3}  # those differ in the heads' mode
     for _, layout, schedule in LAYOUTS:
         members = [case for case in cases if (case.layout, case.schedule) == (layout, schedule)]
         assert {case.mode for case in members} == {"sequential", "joint"}
@@ -111,21 +112,21 @@ def test_every_case_is_a_cross_product():
 
 @pytest.mark.parametrize("case", POISONED, ids=str)
 def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(case):
-    training, step = trained(case.world)[case], case.poison[1]
+    training, step = trained(case.world, case.precision)[case], case.poison[1]
     assert training.skipped == [index == step for index in range(len(RATES))]
     assert not math.isfinite(training.grad_norms[step])
     weights = training.weights
     assert all(np.array_equal(weights[step][name], weights[step - 1][name]) for name in weights[step])
     assert any(not np.array_equal(weights[step + 1][name], weights[step][name]) for name in weights[step])
     found = errors(training, reference(case.n_trunk_layers, case.clip, step))
-    assert not too_large(found), found
+    assert not too_large(found, TOLERANCE if case.precision == "fp32" else NEAR), found
 
 
 @pytest.mark.parametrize("case", BF16, ids=str)
 def test_bf16_is_near_fp32(case):
     training = trained(case.world, "bf16")[case]
     found = errors(training, reference(case.n_trunk_layers, case.clip))
-    assert all(found[name] <= limit for name, limit in NEAR.items()), found
+    assert not too_large(found, NEAR), found
     assert_ran(case, training.running)
 
 
@@ -133,7 +134,7 @@ def test_bf16_layouts_are_near_each_other():
     results = {str(case): trained(case.world, "bf16")[case] for case in BF16}
     for (name, a), (other, b) in combinations(results.items(), 2):
         found = errors(a, b)
-        assert all(found[kind] <= limit for kind, limit in NEAR.items()), (name, other, found)
+        assert not too_large(found, NEAR), (name, other, found)
 
 
 def test_the_report_is_made_from_the_records():

@@ -8,7 +8,8 @@ import pytest
 from megamtp.model.heads import MultiTokenHeads
 from megamtp.parallel.tensor import Shard, TensorParallel, split_range
 from tests.distributed import run_ranks
-from tests.parallel.matrix import IGNORE, Case, errors, reference, run_cases, too_large
+from tests.parallel.cases import IGNORE, Case
+from tests.parallel.matrix import errors, reference, run_cases, too_large
 
 TP2 = Case(2, tensor=2, sequence=True, zero=1)
 DP2 = Case(2, zero=0, mode="joint")
