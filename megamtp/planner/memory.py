@@ -74,8 +74,9 @@ def estimate_memory(
     tokens = seq_len * micro_batch_size
 
     weights = width * count // (dp_size if zero_stage == 3 else 1)
-    # bf16: the micro-batch's own in bf16, their sum in fp32.
-    gradients = (width + (4 if precision == "bf16" else 0)) * count // (dp_size if zero_stage >= 2 else 1)
+    # bf16: their sum in fp32, and the micro-batch's own, which ZeRO-1 without offload adds one by one and frees.
+    own = 0 if precision == "bf16" and zero_stage == 1 and not offload_optimizer else width
+    gradients = (own + (4 if precision == "bf16" else 0)) * count // (dp_size if zero_stage >= 2 else 1)
     # ZeRO-1 keeps its own fp32 masters and two moments, 1/dp of each; ZeRO-0 updates the weights in place.
     optimizer = 0 if offload_optimizer else (12 if zero_stage else 8) * count // (dp_size if zero_stage else 1)
 

@@ -46,7 +46,7 @@ TOGETHER = [*QUICK, *EDGES, *POISONED, *BF16]
 
 
 @functools.cache
-def trained(world: int, precision: str = "fp32") -> dict[Case, Training]:
+def trained(world: int, precision: str) -> dict[Case, Training]:
     """All cases of every run of the tests that have so many ranks, in one group of them."""
     cases = [case for case in TOGETHER if (case.world, case.precision) == (world, precision)]
     return dict(zip(cases, train(cases), strict=True))
@@ -74,7 +74,7 @@ def assert_ran(case: Case, running: dict) -> None:
 
 @pytest.mark.parametrize("case", [*QUICK, *EDGES], ids=str)
 def test_a_case_of_each_kind(case):
-    training = trained(case.world)[case]
+    training = trained(case.world, case.precision)[case]
     found = errors(training, reference(case.n_trunk_layers, case.clip))
     assert not too_large(found), found
     assert_ran(case, training.running)
@@ -124,14 +124,14 @@ def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(case):
 
 @pytest.mark.parametrize("case", BF16, ids=str)
 def test_bf16_is_near_fp32(case):
-    training = trained(case.world, "bf16")[case]
+    training = trained(case.world, case.precision)[case]
     found = errors(training, reference(case.n_trunk_layers, case.clip))
     assert not too_large(found, NEAR), found
     assert_ran(case, training.running)
 
 
 def test_bf16_layouts_are_near_each_other():
-    results = {str(case): trained(case.world, "bf16")[case] for case in BF16}
+    results = {str(case): trained(case.world, case.precision)[case] for case in BF16}
     for (name, a), (other, b) in combinations(results.items(), 2):
         found = errors(a, b)
         assert not too_large(found, NEAR), (name, other, found)
@@ -139,7 +139,7 @@ def test_bf16_layouts_are_near_each_other():
 
 def test_the_report_is_made_from_the_records():
     case = QUICK[0]
-    entry = record(case, trained(1)[case])
+    entry = record(case, trained(1, "fp32")[case])
     text = report([entry])
     assert "1 cases, 0 outside" in text and "| TP1 PP1 DP1 | DeepSpeedEngine | 1 | off | 0 | full |" in text
     entry["failed"] = ["loss"]
