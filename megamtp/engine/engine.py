@@ -19,6 +19,7 @@ from megamtp.model.transformer import Block
 from megamtp.parallel.groups import ParallelConfig, ProcessGrid
 
 Precision = Literal["fp32", "bf16"]
+NORM_PIECE = 1 << 18
 ModelInputs = dict[str, Tensor | None]  # the keyword arguments of MultiTokenModel.forward, one micro-batch
 
 
@@ -153,8 +154,11 @@ class Engine:
         gradients = self.gradients()
         for group, grads in gradients:
             if counts and grads and group["counts_in_norm"]:
-                # In fp32 a GPU's norm overflows for finite gradients beyond 1e19; the CPU's does not, and fp64 is slow.
+                # In fp32 a GPU's norm overflows for finite gradients beyond 1e19. A CPU's does not, and fp64 is slow
+                # there; but it adds the squares one by one, and loses 1 % of 1e8 of them, so it gets short pieces.
                 wide = torch.float64 if grads[0].is_cuda else None
+                if wide is None:
+                    grads = [piece for grad in grads for piece in grad.view(-1).split(NORM_PIECE)]
                 square += torch.stack(torch._foreach_norm(grads, dtype=wide)).double().square().sum().to(square.device)
         self._norm = self.grid.sum_over_ranks(square).sqrt()
         grad_norm = self._norm.item()

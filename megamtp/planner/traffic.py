@@ -108,7 +108,8 @@ def tensor_parallel_bytes(
     - per block 8 times: all-reduces after wo and w2, and of the gradients that enter wq, wk, wv and w1, w3. Under
       sequence parallelism 10 times: 2 gathers and 2 reduce-scatters forward, the same backward, and the 2 gathers of
       the forward pass again, because only a slice of their results was kept;
-    - per recomputed block 2 or 3 times more: all but what leaves w2, which no gradient needs;
+    - per wholly recomputed block 2 or 3 times more: all but what leaves w2, which no gradient needs; of a recomputed
+      attention it is only the gather under sequence parallelism;
     - for the embedding twice, and for each head twice around the unembedding.
 
     Beside it travel three fp32 numbers a token and head (the cross-entropy over a split vocabulary), under sequence
@@ -120,10 +121,10 @@ def tensor_parallel_bytes(
     has_embedding, has_heads = begin == 0, end == config.n_trunk_layers + 2
     trunk = max(0, min(end, config.n_trunk_layers + 1) - max(begin, 1))
     n = config.n_future_tokens if has_heads else 0
-    again = trunk + (n if heads_mode == "joint" else 0) if recompute == "full" else 0
+    recomputed = trunk + (n if heads_mode == "joint" else 0)
+    again = {"none": (0, 0), "selective": (0, 1), "full": (2, 3)}[recompute][sequence_parallel]
 
-    crossings = (10 if sequence_parallel else 8) * (trunk + n) + (3 if sequence_parallel else 2) * again
-    crossings += 2 * has_embedding + 2 * n
+    crossings = (10 if sequence_parallel else 8) * (trunk + n) + again * recomputed + 2 * has_embedding + 2 * n
     norms = 2 * (trunk + n) + n if sequence_parallel else 0
     whole = crossings * tokens * config.dim * width + 2 * 3 * 4 * n * tokens + 2 * norms * config.dim * width
 
@@ -143,17 +144,19 @@ def data_parallel_bytes(
 ) -> float:
     """For one step, by one of ``dp_size`` ranks that hold the same ``parameters`` (ZeRO-3: share them).
 
-    Gradients and weights travel with ``width`` bytes, in bf16 too. Whole gradients cross the ring twice (an all-reduce)
-    once a step, under ZeRO-2 after every micro-batch; ZeRO 1 and 2 gather the updated weights. ZeRO-3 reduce-scatters
+    Weights travel with ``width`` bytes, gradients in fp32. Whole gradients cross the ring twice (an all-reduce) once a
+    step, under ZeRO-2 after every micro-batch; ZeRO 1 and 2 gather the updated weights. ZeRO-3 reduce-scatters
     gradients and gathers weights every micro-batch, the latter twice where a rank's layers exceed ``LIVE_VALUES`` (an
     upper bound: what was used last is still there), and gathers its ``persistent`` weights once.
     """
     if zero_stage == 3:
         gathers = 1 if parameters <= LIVE_VALUES else 2
-        values = micro_batches * (parameters + gathers * (parameters - persistent)) + persistent
+        gradients = micro_batches * parameters
+        weights = gathers * micro_batches * (parameters - persistent) + persistent
     else:
-        values = {0: 2, 1: 2 + 1, 2: 2 * micro_batches + 1}[zero_stage] * parameters
-    return _of_ring(values * width, dp_size)
+        gradients = 2 * (micro_batches if zero_stage == 2 else 1) * parameters
+        weights = parameters if zero_stage else 0
+    return _of_ring(4 * gradients + width * weights, dp_size)
 
 
 def pipeline_bytes(

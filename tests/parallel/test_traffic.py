@@ -31,6 +31,7 @@ def bytes_of_a_step(_, parallel: ParallelConfig, options: dict) -> tuple[float, 
     [
         pytest.param({"tensor": 2, "sequence": False}, {}, id="tp"),
         pytest.param({"tensor": 2, "sequence": True}, {"recompute": "full"}, id="tp-sequence-recompute"),
+        pytest.param({"tensor": 2, "sequence": True}, {"recompute": "selective"}, id="tp-sequence-selective"),
         pytest.param({"zero_stage": 0}, {}, id="dp"),
         pytest.param({"zero_stage": 1}, {"precision": "bf16"}, id="dp-zero1-bf16"),
         pytest.param({"zero_stage": 2}, {}, id="dp-zero2"),
