@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from megamtp.engine.optimizer import OptimizerConfig, build_optimizer
-from megamtp.model.heads import HeadLosses
+from megamtp.model.heads import GradientSink, HeadLosses, MultiTokenHeads
 from megamtp.model.model import MultiTokenModel, NamedLayer
 from megamtp.model.transformer import Block
 from megamtp.parallel.groups import ParallelConfig, ProcessGrid
 
 Precision = Literal["fp32", "bf16"]
 NORM_PIECE = 1 << 18
+BUCKET = 50_000_000  # values in one message of ZeRO
 ModelInputs = dict[str, Tensor | None]  # the keyword arguments of MultiTokenModel.forward, one micro-batch
 
 
@@ -62,6 +63,7 @@ class Engine:
         )
         self.module = self.deepspeed.module
         self._replace_norms()
+        self._offer_accumulators()
         # One rank's losses count: under tensor parallelism all of its neighbours have the same.
         self.counts_losses = self.has_heads and grid.tensor.rank == 0
         self._n = self._n_heads(model)
@@ -187,6 +189,30 @@ class Engine:
         if hasattr(optimizer, "get_grads_for_norm"):  # bf16 with ZeRO-1 asks only whether it is finite: 0, or NaN
             optimizer.get_grads_for_norm = lambda *_, **__: ([self._norm * 0], {})
 
+    def _offer_accumulators(self) -> None:
+        """Let sequential heads add to the gradients that the optimizer reads, where these are whole tensors."""
+        optimizer, scale = self.deepspeed.optimizer, 1 / self.micro_batches
+        if hasattr(optimizer, "fp32_groups_gradients"):  # BF16_Optimizer: bf16 with ZeRO-1
+            wide = {
+                parameter: grad
+                for group in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
+                for parameter, grad in zip(*group, strict=True)
+            }
+            sink = GradientSink(scale, lambda parameter: wide[parameter].view(parameter.shape))
+        elif self._reads_parameter_grads():
+            sink = GradientSink(scale, _grad_in_place)
+        else:  # ZeRO-2 and 3 reduce what autograd hands over, offload copies it
+            return
+        for _, layer in self.layers:
+            if isinstance(layer, MultiTokenHeads):
+                layer.sink = sink
+
+    def _reads_parameter_grads(self) -> bool:
+        """fp32 with ZeRO-0 or ZeRO-1 on the device: ``parameter.grad`` is summed over the micro-batches."""
+        stage, optimizer = self.deepspeed.zero_optimization_stage(), self.deepspeed.optimizer
+        offloads, narrow = getattr(optimizer, "cpu_offload", False), self.deepspeed.bfloat16_enabled()
+        return stage <= 1 and not offloads and not narrow
+
     def _forward(self, run, inputs: ModelInputs) -> HeadLosses:
         device = self.grid.device
         return run(**{name: None if x is None else x.to(device) for name, x in inputs.items()})
@@ -200,6 +226,12 @@ class Engine:
             return self._totals
         types = torch.float64, torch.int64, torch.int64
         return tuple(torch.zeros(self._n, dtype=dtype, device=self.grid.device) for dtype in types)
+
+
+def _grad_in_place(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 class ModelParallelUnit:
@@ -243,7 +275,8 @@ def _prepare_for_partitioning(model: MultiTokenModel) -> None:
 
 def deepspeed_config(parallel: ParallelConfig, precision: Precision, micro_batch_size: int, micro_batches: int) -> dict:
     """DeepSpeed's own config. Clipping is off: ours runs before its step."""
-    zero = {"stage": parallel.zero_stage}
+    # DeepSpeed's own default of 5e8 values allocates gigabytes of buffers, whatever the model.
+    zero = {"stage": parallel.zero_stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
     if parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config = {

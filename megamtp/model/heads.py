@@ -12,7 +12,9 @@ joint       plain autograd through all heads, one chunked linear cross-entropy o
 naive       plain autograd, whole logits, n times ``F.cross_entropy``: the reference.
 """
 
-from dataclasses import replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -51,6 +53,17 @@ class HeadsConfig:
         return self.mode or ("joint" if zero_stage == 3 else "sequential")
 
 
+@dataclass(frozen=True)
+class GradientSink:
+    """Where sequential heads may add their parameters' gradients at once, in place of keeping them until backward.
+
+    ``scale`` is the factor that the loss will have in backward, and ``accumulator`` a parameter's wide gradient.
+    """
+
+    scale: float
+    accumulator: Callable[[nn.Parameter], Tensor]
+
+
 class HeadLosses(NamedTuple):
     """loss is what backward starts from; the rest are sums for logging, one entry a head, detached."""
 
@@ -75,6 +88,7 @@ class MultiTokenHeads(nn.Module):
         self.vocab_size = config.vocab_size
         self.mode, self.chunk_tokens = heads_config.mode or "sequential", heads_config.chunk_tokens
         self.loss_weights, self.tp = tuple(weights), tp
+        self.sink: GradientSink | None = None
         if self.mode == "sequential":  # one head's activations exist at a time: nothing to save
             ops = replace(ops, recompute="none")
         self.heads = nn.ModuleList(Block(config, ops, tp) for _ in range(n))
@@ -184,12 +198,16 @@ class _SequentialHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, module: MultiTokenHeads, targets, inputs, scales, z, *parameters):
-        weight = module.output.weight
-        # Padding rows of the vocabulary keep a gradient of zero.
-        dweight = torch.zeros(weight.shape, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
-        # Allocated before the first head: a gradient that lands among a head's activations would split the memory
+        weight, sink = module.output.weight, module.sink
+        # All there before the first head: a gradient that lands among a head's activations would split the memory
         # that the next head needs in one piece, and the peak would grow with n.
-        grads = {parameter: torch.zeros_like(parameter) for parameter in parameters if parameter is not weight}
+        if sink is None:
+            grads = {parameter: torch.zeros_like(parameter) for parameter in parameters if parameter is not weight}
+            # Padding rows of the vocabulary keep a gradient of zero.
+            wide = torch.promote_types(z.dtype, torch.float32)
+            grads[weight] = torch.zeros(weight.shape, dtype=wide, device=z.device)
+        else:
+            grads = {parameter: sink.accumulator(parameter) for parameter in parameters}
         dz, losses = torch.zeros_like(z), []
         workspace = Workspace(targets[0].numel(), module.unembedding, module.chunk_tokens)
         for k, scale in enumerate(scales):
@@ -201,8 +219,8 @@ class _SequentialHeads(torch.autograd.Function):
                 module.tp.whole_sequence(hidden.detach()).flatten(0, 1),
                 module.unembedding.detach(),
                 targets[k].flatten(),
-                grad_scale=scale,
-                dweight=dweight[: module.n_rows],
+                grad_scale=scale if sink is None else scale * sink.scale,
+                dweight=grads[weight][: module.n_rows],
                 workspace=workspace,
                 **module.vocabulary,
             )
@@ -212,24 +230,24 @@ class _SequentialHeads(torch.autograd.Function):
             for parameter, grad in zip(own, dparameters, strict=True):
                 grads[parameter].add_(grad)
             losses.append(result.losses)
-            del (
-                hidden,
-                result,
-                dhidden,
-                z_k,
-                dz_k,
-                dparameters,
-                grad,
-            )  # before the next head, not when it reassigns them
-        grads[weight] = dweight.to(weight.dtype)
-        ctx.grads = [dz, *(grads[parameter] for parameter in parameters)]
+            # Before the next head, not when it reassigns them.
+            del hidden, result, dhidden, z_k, dz_k, dparameters, grad
+        ctx.sink, ctx.n_parameters = sink, len(parameters)
+        ctx.grads = [dz]
+        if sink is None:
+            grads[weight] = grads[weight].to(weight.dtype)
+            ctx.grads += [grads[parameter] for parameter in parameters]
         return _mark(ctx, _combine(losses, scales))
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        dz, *dparameters = scale_in_place(ctx.grads, dloss)
+        grads = ctx.grads
         del ctx.grads
-        return None, None, None, None, dz, *dparameters
+        if ctx.sink is None:
+            return None, None, None, None, *scale_in_place(grads, dloss)
+        if dloss.device.type == "cpu" and not math.isclose(dloss.item(), ctx.sink.scale, rel_tol=1e-6):
+            raise RuntimeError(f"gradients were scaled by {ctx.sink.scale}, but the loss's is {dloss.item()}")
+        return None, None, None, None, *grads, *[None] * ctx.n_parameters
 
 
 def _mark(ctx, losses: HeadLosses) -> tuple[Tensor, ...]:

@@ -97,11 +97,13 @@ def estimate_memory(
             values += config.n_future_tokens * (kept + final_norm + hidden)
         loss_buffers = _logit_bytes(config, heads, mode, tokens, width, tensor)
         table = table_parameters(config, tensor)
-        if precision == "bf16" and mode != "naive":
-            loss_buffers += 4 * table  # the unembedding's gradient is summed in fp32
-        # Stored from the heads' forward pass to backward, beside what earlier micro-batches left (or ZeRO's share).
-        if micro_batches > 1 or zero_stage >= 2:
-            gradients += width * {"sequential": layers[-1], "joint": table, "naive": 0}[mode]
+        # Sequential heads add to the accumulated gradients themselves where these are whole tensors on the device.
+        if not (mode == "sequential" and zero_stage <= 1 and not offload_optimizer):
+            if precision == "bf16" and mode != "naive":
+                loss_buffers += 4 * table  # the unembedding's gradient is summed in fp32
+            # Stored from the heads' forward pass to backward, beside those of earlier micro-batches (or ZeRO's share).
+            if micro_batches > 1 or zero_stage >= 2:
+                gradients += width * {"sequential": layers[-1], "joint": table, "naive": 0}[mode]
     return MemoryEstimate(weights, gradients, optimizer, tokens * (values + at_a_time) * width, loss_buffers)
 
 

@@ -152,9 +152,15 @@ def _train(case: Case, grid: ProcessGrid) -> Training:
     )
     result = Training(running=running(engine))
     poison = {"factor": 1.0}
+
+    def poison_gradient(_module, _inputs, out: Tensor) -> None:
+        if out.requires_grad:
+            out.register_hook(lambda grad: grad * poison["factor"])
+
     if case.poison and case.poison[0] == grid.rank:
         block = next(module for _, layer in engine.layers for module in layer.modules() if isinstance(module, Block))
-        block.feed_forward.w1.weight.register_hook(lambda grad: grad * poison["factor"])
+        # Through what the block multiplied: a parameter's own hook sees nothing of the heads' gradients.
+        block.feed_forward.register_forward_hook(poison_gradient)
     for step, rate in enumerate(RATES):
         poison["factor"] = math.nan if case.poison and step == case.poison[1] else 1.0
         step_result = engine.train_step(micro_batches(case, grid, train_batch(step)), rate)

@@ -61,10 +61,12 @@ def test_loss_buffers_are_the_workspace(chunk, precision):
     )
     workspace = Workspace(B * S, weight, chunk)
     tensors = [value for value in vars(workspace).values() if isinstance(value, torch.Tensor)]
-    if precision == "bf16":  # the unembedding's gradient is summed beside it
-        tensors.append(torch.empty(config.padded_vocab_size, config.dim))
-    buffers = estimate(config, precision=precision, chunk_tokens=chunk).loss_buffers
-    assert buffers == sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    size = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    assert estimate(config, precision=precision, zero_stage=1, chunk_tokens=chunk).loss_buffers == size
+    # Under ZeRO-2 the unembedding's gradient is summed beside it.
+    size += 4 * config.padded_vocab_size * config.dim if precision == "bf16" else 0
+    buffers = estimate(config, precision=precision, zero_stage=2, chunk_tokens=chunk).loss_buffers
+    assert buffers == size
 
 
 @pytest.mark.parametrize("n_kv_heads", [None, 2, 1])
@@ -141,13 +143,17 @@ def test_first_stage_by_hand():
 def test_last_stage_by_hand():
     expected = {
         "weights": 2 * (288 + 648),
-        "gradients": 4 * (288 + 648) + 2 * 648,  # the heads' wait beside those of earlier micro-batches
+        "gradients": 4 * (288 + 648),
         "optimizer": 12 * (288 + 648) // 4,
         "activations": (72 + 72 + 2 * 4) * 8 * 2,  # the block, one head and the final norm
-        "loss_buffers": 4 * 8 * (2 + 4) + 4 * 64,  # 4 tokens' logits over 8 rows; the unembedding's fp32 gradient
+        "loss_buffers": 4 * 8 * (2 + 4),  # 4 tokens' logits over 8 rows
     }
     assert tiny(held=[LAST]) == expected
-    assert tiny(held=[LAST], micro_batches=1) == expected | {"gradients": 4 * (288 + 648)}
+    # Offloaded, the heads' gradients wait beside those of earlier micro-batches, and the unembedding's is fp32 so long.
+    waiting = {"gradients": (2 + 4) * (288 + 648) + 2 * 648, "loss_buffers": 4 * 8 * (2 + 4) + 4 * 64, "optimizer": 0}
+    assert tiny(held=[LAST], offload_optimizer=True) == expected | waiting
+    alone = tiny(held=[LAST], offload_optimizer=True, micro_batches=1)
+    assert alone == expected | waiting | {"gradients": (2 + 4) * (288 + 648)}
 
 
 def test_joint_heads_by_hand():

@@ -111,7 +111,7 @@ def test_a_second_interrupt_seconds_later_stops_at_once(clock):
 
 
 def run_poisoned(grid, config, step: int) -> int:
-    """The last rank's gradient of one norm is not finite in ``step``."""
+    """The last rank's gradient of one matrix is not finite in ``step``."""
     from megamtp.engine.engine import Engine
     from megamtp.training import loop
 
@@ -121,7 +121,7 @@ def run_poisoned(grid, config, step: int) -> int:
     def init(self, model, **options):
         init_untouched(self, model, **options)
         strikes = grid.rank == grid.world_size - 1
-        self.module.output_heads.norm.weight.register_hook(
+        self.module.layers[0].feed_forward.w1.weight.register_hook(
             lambda grad: grad * (math.inf if strikes and len(done) == step - 1 else 1.0)
         )
 
