@@ -12,9 +12,8 @@ once.
 Not in it: the buffers of constant size in which DeepSpeed's ZeRO collects gradients (``reduce_bucket_size``), which are
 shown apart, and would hide any growth at this size. A CPU never touches most of their pages; a GPU allocates them.
 
-In the peak is one more gradient of each head, where there are several micro-batches: the sequential heads keep theirs
-from their forward pass to the backward pass, beside the sum of the micro-batches before. It is shown apart, and the
-growth with and without it: ``growth_max`` counts it.
+Under ZeRO-2 the sequential heads keep their gradients from their forward pass to the backward pass, beside the sum of
+the micro-batches before: these are in the peak and in ``growth_max``, and shown apart. Elsewhere they add to that sum.
 
 With a pipeline the last stage is measured, and 2 of the 4 trunk layers are on it for both n. Under ZeRO-3 the heads run
 in the joint mode, which keeps every head's activations; elsewhere they are sequential.
@@ -185,9 +184,9 @@ def measure(context, case: Case, n: int, options: argparse.Namespace) -> Memory:
     return result
 
 
-def stored_gradients(case: Case, size: Size, micro_batches: int) -> int:
+def stored_gradients(case: Case, size: Size) -> int:
     """Bytes of the heads' gradients that wait for the backward pass beside those of earlier micro-batches."""
-    if case.parallel.zero_stage == 3 or (micro_batches == 1 and case.parallel.zero_stage < 2):
+    if case.parallel.zero_stage != 2:
         return 0
     config = ModelConfig(**size.model)
     return layer_parameters(config, case.parallel.tensor)[-1] * (4 if case.precision == "fp32" else 2)
@@ -210,10 +209,7 @@ def main() -> None:
         case = CASES[name]
         memory = {n: measure(context, case, n, options) for n in NUMBERS}
         above = {n: memory[n].above for n in NUMBERS}
-        stored = {
-            n: stored_gradients(case, size_of(n, options.quick, options.micro_batches, 1), options.micro_batches)
-            for n in NUMBERS
-        }
+        stored = {n: stored_gradients(case, size_of(n, options.quick, options.micro_batches, 1)) for n in NUMBERS}
         row = {
             "growth": above[many] / above[few],
             "growth_without_stored": (above[many] - stored[many]) / (above[few] - stored[few]),
