@@ -16,6 +16,9 @@ test-full: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/pipeline_balance.py
+	$(BIN)/python benchmarks/heads_memory.py
+	$(BIN)/python benchmarks/scaling.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
