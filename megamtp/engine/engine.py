@@ -5,8 +5,10 @@ ours, so that they mean the same in every layout and precision. ``build_engine``
 layers are one module under ``DeepSpeedEngine`` (here), with one they are stages (``pipeline.py``).
 """
 
+import io
 import math
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from typing import Literal, NamedTuple
 
 import torch
@@ -55,12 +57,13 @@ class Engine:
         self.layers = self._named_layers(model)  # this rank's, with the prefixes of their logical names
         if parallel.zero_stage == 3:
             _prepare_for_partitioning(model)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(self.layers, optimizer),
-            config=deepspeed_config(parallel, precision, micro_batch_size, micro_batches),
-            mpu=self._model_parallel_unit(),
-        )
+        with redirect_stdout(io.StringIO()):  # lines about memory
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=build_optimizer(self.layers, optimizer),
+                config=deepspeed_config(parallel, precision, micro_batch_size, micro_batches),
+                mpu=self._model_parallel_unit(),
+            )
         self.module = self.deepspeed.module
         self._replace_norms()
         self._offer_accumulators()
