@@ -60,13 +60,17 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
     Every rank calls it. Raises ``UserError`` for input that does not fit, before anything is computed.
     """
     run_dir, training = Path(config.run_dir), config.training
-    train_samples, validation_samples = open_samples(config)
-    loader = Loader(train_samples, training.global_batch_size, training.micro_batch_size, grid.dp_rank, grid.dp_size)
+    with fail_together(grid):  # a rank that is still on its way must not lose its neighbours
+        train_samples, validation_samples = open_samples(config)
+        loader = Loader(
+            train_samples, training.global_batch_size, training.micro_batch_size, grid.dp_rank, grid.dp_size
+        )
     latest = from_main(grid, lambda: latest_checkpoint(run_dir / "checkpoints"))
-    checkpoint = Checkpoint.open(latest) if latest else None
-    if checkpoint:
-        checkpoint.require_model(asdict(config.model))
-        loader.load_state_dict(checkpoint.manifest["state"]["loader"])
+    with fail_together(grid):
+        checkpoint = Checkpoint.open(latest) if latest else None
+        if checkpoint:
+            checkpoint.require_model(asdict(config.model))
+            loader.load_state_dict(checkpoint.manifest["state"]["loader"])
 
     engine = build_engine(
         config.model,
