@@ -20,7 +20,6 @@ in the joint mode, which keeps every head's activations; elsewhere they are sequ
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -30,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from scaling import Ranks, Run, Size, process_context, rounded
+from scaling import Ranks, Run, Size, process_context, report
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megamtp.engine.engine import Engine
@@ -266,11 +265,7 @@ def main() -> None:
         "micro_batches": options.micro_batches,
         "layouts": rows,
     }
-    line = json.dumps(rounded(result))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(line + "\n")
-    print(line)
+    report(result, options.output)
 
 
 if __name__ == "__main__":

@@ -284,10 +284,15 @@ def main() -> None:
         "rounds": rounds,
         "layouts": rows,
     }
+    report(result, options.output)
+
+
+def report(result: dict[str, Any], output: Path | None) -> None:
+    """Print the JSON line, and write it to ``output`` where there is one."""
     line = json.dumps(rounded(result))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(line + "\n")
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(line + "\n")
     print(line)
 
 

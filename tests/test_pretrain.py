@@ -320,9 +320,10 @@ def test_a_damaged_checkpoint_is_refused(config_file, tmp_path):
     assert "names step-00000008, which is not there" in refused(run_main(config_file, "--training.steps", 4))
 
 
-def refused_by_both_ranks(*arguments) -> None:
+def refused_by_both_ranks(*arguments) -> str:
     outcomes = start_ranks(2, pretrain.main, [str(argument) for argument in arguments])
     assert [outcome.code for outcome in outcomes] == [2, 2], outcomes[0].error or outcomes[1].error
+    return "".join(outcome.stderr for outcome in outcomes)
 
 
 def test_ranks_refuse_together_a_file_that_one_of_them_reads(config_file, tmp_path):
@@ -332,12 +333,12 @@ def test_ranks_refuse_together_a_file_that_one_of_them_reads(config_file, tmp_pa
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    refused_by_both_ranks(config_file, *parallel, "--training.steps", 4)
+    assert f"{file}: damaged" in refused_by_both_ranks(config_file, *parallel, "--training.steps", 4)
 
 
 def test_ranks_refuse_together_a_folder_that_cannot_be_written(config_file, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    refused_by_both_ranks(config_file, "--run_dir", tmp_path / "file" / "run")
+    assert str(tmp_path / "file") in refused_by_both_ranks(config_file, "--run_dir", tmp_path / "file" / "run")
 
 
 def test_every_rank_ends_with_the_same_code(config_file):

@@ -34,7 +34,7 @@ MANIFEST_KEYS = {"step", "optimizer_steps", "model", "state", "files", "tensors"
 def save_checkpoint(
     folder: Path, engine: Engine, *, step: int, model_config: dict[str, Any], state: dict[str, Any], keep: int
 ) -> Path:
-    """Write ``folder/step-XXXXXXXX`` from all ranks; every rank calls it. Returns the checkpoint's path.
+    """Write ``folder/step-<eight digits>`` from all ranks; every rank calls it. Returns the checkpoint's path.
 
     ``state`` is JSON: whatever the loop needs to go on. The newest ``keep`` checkpoints stay. Raises ``OSError``
     on every rank where one of them could not write; earlier checkpoints are left as they were.

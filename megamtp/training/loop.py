@@ -13,7 +13,7 @@ from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.loader import Batch, DataConfig, Loader, validation_batches
 from megamtp.data.samples import Samples
 from megamtp.engine.build import build_engine
-from megamtp.engine.engine import ModelInputs
+from megamtp.engine.engine import Engine, ModelInputs
 from megamtp.errors import UserError
 from megamtp.files import write_atomic
 from megamtp.model.cost import train_flops_per_token
@@ -54,6 +54,23 @@ def model_inputs(batch: Batch, data: DataConfig) -> ModelInputs:
     }
 
 
+def engine_of_run(config: RunConfig, grid: ProcessGrid, seed: int | None) -> Engine:
+    """This rank's engine; ``seed=None`` leaves the weights for a checkpoint to fill."""
+    return build_engine(
+        config.model,
+        config.heads_of_layout,
+        config.ops,
+        grid=grid,
+        parallel=config.parallel,
+        optimizer=config.optimizer,
+        precision=config.training.precision,
+        micro_batch_size=config.training.micro_batch_size,
+        micro_batches=config.micro_batches(grid.world_size),
+        seq_len=config.data.seq_len,
+        seed=seed,
+    )
+
+
 def train(config: RunConfig, grid: ProcessGrid) -> int:
     """Run or resume ``config`` to its end. Returns 0, or 128 + the signal that asked for a stop after a save.
 
@@ -72,19 +89,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
             checkpoint.require_model(asdict(config.model))
             loader.load_state_dict(checkpoint.manifest["state"]["loader"])
 
-    engine = build_engine(
-        config.model,
-        config.heads_of_layout,
-        config.ops,
-        grid=grid,
-        parallel=config.parallel,
-        optimizer=config.optimizer,
-        precision=training.precision,
-        micro_batch_size=training.micro_batch_size,
-        micro_batches=config.micro_batches(grid.world_size),
-        seq_len=config.data.seq_len,
-        seed=None if checkpoint else training.seed,
-    )
+    engine = engine_of_run(config, grid, seed=None if checkpoint else training.seed)
     step, counters = 0, {"tokens": 0, "skipped_steps": 0}
     if checkpoint:
         checkpoint.load_into(engine)

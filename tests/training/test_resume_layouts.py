@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from megamtp.engine.build import build_engine
 from megamtp.engine.launch import start_processes
 from megamtp.training.checkpoint import Checkpoint, save_checkpoint
+from megamtp.training.loop import engine_of_run
 from tests.distributed import run_ranks
 from tests.training.tiny import newest, relative_error, run_config, run_training, step_lines, tensors, validation_lines
 
@@ -78,19 +78,7 @@ def load_and_save_in_turn(_, configs, first: str, folder: str) -> list[tuple[str
     saved = [(first, 0)]
     for index, config in enumerate(configs):
         grid = start_processes(config.parallel, config.model.kv_heads)
-        engine = build_engine(
-            config.model,
-            config.heads_of_layout,
-            config.ops,
-            grid=grid,
-            parallel=config.parallel,
-            optimizer=config.optimizer,
-            precision=config.training.precision,
-            micro_batch_size=config.training.micro_batch_size,
-            micro_batches=config.micro_batches(grid.world_size),
-            seq_len=config.data.seq_len,
-            seed=index,
-        )
+        engine = engine_of_run(config, grid, seed=index)
         Checkpoint.open(saved[-1][0]).load_into(engine)
         path = save_checkpoint(folder / str(index), engine, step=1, model_config={}, state={}, keep=1)
         saved.append((path, sum(p.numel() for p in engine.module.parameters())))
