@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# Whose reader has to read our data, and the other side of the data's benchmark. Its dependencies are not needed for that.
+MEGATRON := megatron-core==0.16.1
 
 .PHONY: demo test test-full bench lint clean
 
@@ -15,6 +17,8 @@ test-full: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/preprocess.py
+	$(BIN)/python benchmarks/dataset.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/pipeline_balance.py
 	$(BIN)/python benchmarks/heads_memory.py
@@ -28,11 +32,12 @@ lint: $(VENV)/.installed-test
 $(VENV)/.installed: setup.py requirements/cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/cpu.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/cpu.txt -e .[cpu,plot]
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/cpu.txt -e .[cpu,plot,data]
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/cpu.txt -e .[cpu,plot,test]
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/cpu.txt -e .[cpu,plot,data,data-formats,test]
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MEGATRON)
 	touch $@
 
 clean:

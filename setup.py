@@ -33,7 +33,18 @@ setup(
         "gpu": ["triton>=3"],
         "mpi": ["mpi4py>=4"],
         "plot": ["matplotlib>=3.8"],
+        # Preprocessing: the fast encoder, faster JSON, zstd before Python 3.14, SentencePiece models, Parquet.
+        "data": ["gigatoken>=0.10", "orjson>=3.10", 'backports.zstd>=1.0; python_version < "3.14"'],
+        "data-formats": ["sentencepiece>=0.2", "pyarrow>=17"],
         # openmpi is mpirun and its libraries, 7 MB; a cluster brings its own, so the extra for it does not.
-        "test": ["pytest>=8", "ruff>=0.6", "transformers>=4.45", "matplotlib>=3.8", "mpi4py>=4", "openmpi>=5"],
+        "test": [
+            "pytest>=8",
+            "ruff>=0.6",
+            "transformers>=4.45",
+            "matplotlib>=3.8",
+            "mpi4py>=4",
+            "openmpi>=5",
+            "psutil>=5.9",
+        ],
     },
 )

@@ -50,9 +50,11 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
+        # A value that may be of several types has an error for each: what got furthest was meant.
+        first = max(error.errors(), key=lambda each: len(each["loc"]))
+        key = _dotted(first)
+        messages = [each["msg"].removeprefix("Value error, ") for each in error.errors() if _dotted(each) == key]
+        message = " or ".join(dict.fromkeys(messages))
         if first["type"] == "missing":
             raise UserError(f"{where}: {key} is missing; give it in the file or as --{key} VALUE") from None
         given = f" (got {first['input']!r})" if key and not isinstance(first["input"], dict) else ""
@@ -130,9 +132,25 @@ def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field
 
 
 def _nested_class(hint: Any) -> type | None:
+    if typing.get_origin(hint) is list:
+        return None
     for candidate in (hint, *typing.get_args(hint)):
         if dataclasses.is_dataclass(candidate):
             return candidate
+    return None
+
+
+def _dotted(error: Any) -> str:
+    """The key of pydantic's error, whose path also names the type that it tried: train.list[SourceConfig].0.weight."""
+    kinds = ("str", "int", "float", "bool", "none")
+    return ".".join(str(part) for part in error["loc"] if part not in kinds and "[" not in str(part))
+
+
+def _item_class(hint: Any) -> type | None:
+    """The dataclass of which ``hint`` may be a list."""
+    for candidate in (hint, *typing.get_args(hint)):
+        if typing.get_origin(candidate) is list:
+            return _nested_class(*typing.get_args(candidate))
     return None
 
 
@@ -148,6 +166,10 @@ def _refuse_unknown_keys(
         nested = _nested_class(hints[key])
         if nested is not None and isinstance(value, dict):
             _refuse_unknown_keys(nested, value, where, f"{prefix}{key}.", root)
+        elif (item := _item_class(hints[key])) and isinstance(value, list):
+            for index, entry in enumerate(value):
+                if isinstance(entry, dict):
+                    _refuse_unknown_keys(item, entry, where, f"{prefix}{key}.{index}.", root)
 
 
 def _nearest(key: str, prefix: str, cls: type, root: type) -> str | None:
@@ -184,7 +206,8 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _parse_value(cls: type, key: str, text: str) -> Any:
     hint = next((hint for known, _, hint in leaves(cls) if known == key), None)
-    if hint is str or hint == str | None and text not in ("null", "~"):
+    kinds = {hint, *typing.get_args(hint)}
+    if hint is str or str in kinds and not (type(None) in kinds and text in ("null", "~")) and text[:1] != "[":
         return text  # a folder named 2024 is no number
     try:
         return yaml.safe_load(text)
@@ -193,6 +216,8 @@ def _parse_value(cls: type, key: str, text: str) -> Any:
 
 
 def _type_name(hint: Any) -> str:
+    if item := typing.get_origin(hint) is list and _nested_class(*typing.get_args(hint)):
+        return f"[{{{', '.join(typing.get_type_hints(item))}}}, ...]"
     if typing.get_origin(hint) is typing.Literal:
         return "|".join(str(value) for value in typing.get_args(hint))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", and how a command turns it into exit code 2."""
+"""Exceptions that are told to the user in one line, and the exit codes that a command turns them into."""
 
 import functools
 import sys
@@ -8,16 +8,20 @@ class UserError(Exception):
     """Something that the user gave is wrong. The message is one line: what, where, what to do."""
 
 
+class RunFailure(Exception):
+    """Something outside of the input went wrong: a full disk, a killed process. One line: what, where, what to do."""
+
+
 def exits_cleanly(main):
-    """Decorate a command's ``main``: a ``UserError`` becomes one line on stderr and exit code 2."""
+    """Decorate a command's ``main``: one line on stderr and exit code 2 for ``UserError``, 1 for ``RunFailure``."""
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
         try:
             return main(*args, **kwargs)
-        except UserError as error:
+        except (UserError, RunFailure) as error:
             print(f"{_rank_prefix()}error: {error}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(2 if isinstance(error, UserError) else 1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

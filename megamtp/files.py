@@ -4,12 +4,16 @@ Bytes go to a temporary name in the same folder; file, rename and folder are syn
 that neither a crash nor a power cut leaves a file that looks complete and is not.
 """
 
+import contextlib
+import errno
+import fcntl
+import glob
 import os
 import uuid
 from pathlib import Path
 from typing import BinaryIO
 
-from megamtp.errors import UserError
+from megamtp.errors import RunFailure, UserError
 
 BUFFER_BYTES = 1 << 22
 
@@ -20,15 +24,31 @@ def open_temporary(path: Path) -> BinaryIO:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return open(temporary, "xb", buffering=BUFFER_BYTES)
+        file = open(temporary, "xb", buffering=BUFFER_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot write here: {error.strerror}; choose another output") from None
+    with contextlib.suppress(OSError):  # a file system without locks: a left-over stays until someone removes it
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return file
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files of ``path`` whose writer was killed: nobody holds their lock any more."""
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.????????.tmp"):
+        with contextlib.suppress(OSError), open(leftover, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
+
+
+def sync(file: BinaryIO) -> None:
+    """Bring all that was written to the disk, which may turn out to be full."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def publish(file: BinaryIO, path: Path) -> None:
     """Give a file of ``open_temporary`` its name, replacing what is there."""
-    file.flush()
-    os.fsync(file.fileno())
+    sync(file)
     file.close()
     os.replace(file.name, path)
     sync_folder(path.parent)
@@ -36,10 +56,9 @@ def publish(file: BinaryIO, path: Path) -> None:
 
 def discard(file: BinaryIO) -> None:
     """Close and remove a file of ``open_temporary``; nothing happens once it is published."""
-    try:
-        file.close()  # flushes, which a full disk refuses
-    finally:
-        Path(file.name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # closing flushes, which a full disk refuses; the file goes anyway
+        file.close()
+    Path(file.name).unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:
@@ -57,6 +76,12 @@ def write_atomic(path: Path, data: bytes) -> None:
         publish(file, path)
     finally:
         discard(file)
+
+
+def write_failure(path: Path | str, error: OSError) -> RunFailure:
+    """What to tell of an ``OSError`` while files are written."""
+    advice = {errno.ENOSPC: "free some space", errno.EDQUOT: "raise the quota"}.get(error.errno, "mend that")
+    return RunFailure(f"{path}: cannot write: {error.strerror or error}; {advice} and run it again")
 
 
 def sync_folder(folder: Path) -> None:

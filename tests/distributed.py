@@ -106,6 +106,7 @@ def _rank_main(files: Path, variables: dict[str, str], timeout: float, function:
     # A hanging rank says where, and ends even when pytest is gone.
     faulthandler.dump_traceback_later(timeout, exit=True, file=sys.stderr)
     os.environ.update(variables)
+    multiprocessing.current_process()._config["daemon"] = False  # a real rank may have children: data workers
     gc.freeze()  # deepspeed collects garbage often; what was imported before the fork need not be looked through
     try:
         result = function(*args)

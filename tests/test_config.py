@@ -145,6 +145,14 @@ def test_key_of_another_section(refusal, section, key, right):
         ({"heads": {"loss_weights": ["a", 1]}}, ["heads.loss_weights.0", "number"]),
         ({"data": {"mask_cross_document_targets": "perhaps"}}, ["data.mask_cross_document_targets", "boolean"]),
         ({"run_dir": ["a"]}, ["run_dir", "string"]),
+        ({"data": {"train": 7}}, ["data.train: ", "valid string", "valid list", "got 7"]),
+        ({"data": {"train": [{"path": "x", "weight": -1}]}}, ["data.train.0.weight: ", "greater than or equal to 0"]),
+        ({"data": {"train": [{"path": "x"}, {"weight": 1}]}}, ["data.train.1.path is missing"]),
+        (
+            {"data": {"train": [{"path": "x", "wieght": 1}]}},
+            ["unknown key data.train.0.wieght", "data.train.0.weight?"],
+        ),
+        ({"data": {"stages": [{"from_tokens": 0, "weights": [1]}]}}, ["data.stages.0.from_tokens: "]),
         ({"model": 5}, ["model", "5"]),
     ],
 )
@@ -160,6 +168,13 @@ def test_wrong_values(refusal, sections, parts):
         ({"heads": {"loss_weights": [1, 2, 3]}}, ["heads.loss_weights has 3 entries; model.n_future_tokens is 2"]),
         ({"heads": {"loss_weights": []}}, ["heads.loss_weights has 0 entries"]),
         ({"schedule": {"warmup_steps": 11}}, ["schedule.warmup_steps 11 exceeds training.steps 10"]),
+        ({"data": {"train": []}}, ["data.train is an empty list"]),
+        ({"data": {"train": [{"path": "x", "weight": 0}]}}, ["data.train: all weights are 0"]),
+        ({"data": {"stages": [{"from_tokens": 10**6, "weights": [1, 2]}]}}, ["2 weights for the 1 sets of data.train"]),
+        ({"data": {"stages": [{"from_tokens": 10**6, "weights": [0]}]}}, ["all weights from 1000000 tokens on are 0"]),
+        ({"data": {"stages": [{"from_tokens": 1, "weights": [1]}]}}, ["from_tokens must rise", "by a sample"]),
+        ({"data": {"validation": "v", "validation_fraction": 0.1}}, ["exclude each other"]),
+        ({"data": {"validation": [{"path": "a/v"}, {"path": "b/v"}]}}, ["data.validation: names ['v', 'v']"]),
         (
             {"training": {"precision": "bf16"}, "parallel": {"zero_stage": 0}},
             ["training.precision bf16 needs", "--parallel.zero_stage 1"],
@@ -277,6 +292,17 @@ def test_describe_lists_every_leaf():
 
 def test_null_as_the_help_spells_it(read):
     assert read("--model.n_kv_heads", "null", model={"n_kv_heads": 2}).model.n_kv_heads is None
+
+
+def test_a_blend_in_the_file_on_the_command_line_and_back(read, tmp_path):
+    blend = [{"path": "a", "weight": 0.3}, {"path": "b"}]
+    by_file = read(data={"train": blend, "validation": [{"path": "v/a", "name": "one"}]})
+    by_option = read(
+        "--data.train", "[{path: a, weight: 0.3}, {path: b}]", "--data.validation=[{path: v/a, name: one}]"
+    )
+    assert by_file == by_option and [source.weight for source in by_file.data.sources] == [0.3, 1.0]
+    (tmp_path / "dumped.yaml").write_text(dump(by_file))
+    assert load(RunConfig, tmp_path / "dumped.yaml", []) == by_file
 
 
 @pytest.mark.parametrize("name", ["2024", "2024-05-01", "007"])

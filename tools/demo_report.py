@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from megamtp.data.preprocess.encode import load_tokenizer
-from megamtp.data.preprocess.jsonl import iterate_documents
+from megamtp.data.preprocess.documents import iterate_documents
+from megamtp.data.tokenizer import load_tokenizer
 from megamtp.errors import UserError, exits_cleanly
 from megamtp.evaluation.baseline import bigram_validation_loss
 from megamtp.evaluation.loss_curves import plot_losses, read_curves
 from megamtp.inference.generate import TrainedRun, generate, load_run
-from megamtp.training.loop import open_samples
+from megamtp.training.loop import open_run_data
 
 PROMPT_LINES = 5
 PROMPT_TOKENS = 100
@@ -22,12 +22,12 @@ PROMPT_TOKENS = 100
 
 def compare_with_bigram(run: TrainedRun) -> tuple[float, float]:
     """(validation loss of head 1, of the bigram), nats per token."""
-    train, validation = open_samples(run.config)
-    if validation is None:
+    train, validation = open_run_data(run.config)
+    if not validation:
         raise UserError(f"{run.config.run_dir}: was trained without data.validation; there is nothing to compare")
     bigram = bigram_validation_loss(
         train,
-        validation,
+        next(iter(validation.values())),
         consumed_samples=run.checkpoint.manifest["state"]["loader"]["consumed_samples"],
         vocab_size=run.config.model.vocab_size,
         mask_cross_document=run.config.data.mask_cross_document_targets,
@@ -64,11 +64,11 @@ def main(arguments: list[str] | None = None) -> None:
     functions = list(held_out_functions(options.validation_text))
     if not functions:
         raise UserError(f"{options.validation_text}: holds no function of {2 * PROMPT_LINES} lines to complete")
-    short = (pair for pair in functions if len(tokenizer.encode(pair[0]).ids) <= PROMPT_TOKENS)
+    short = (pair for pair in functions if len(tokenizer.encode(pair[0])) <= PROMPT_TOKENS)
     prompt, truth = next(short, min(functions, key=lambda pair: len(pair[0])))
     new = generate(
         run.model,
-        torch.tensor(tokenizer.encode(prompt, add_special_tokens=False).ids),
+        torch.tensor(tokenizer.encode(prompt)),
         60,
         context=run.config.data.seq_len,
         temperature=0.5,

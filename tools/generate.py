@@ -5,8 +5,7 @@ import sys
 
 import torch
 
-from megamtp.data.preprocess.encode import load_tokenizer
-from megamtp.data.preprocess.tokenizer import END_OF_DOCUMENT
+from megamtp.data.tokenizer import load_tokenizer
 from megamtp.errors import UserError, exits_cleanly
 from megamtp.inference.generate import generate, load_run
 
@@ -25,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"{options.run_dir}: its config names no data.tokenizer; set it in config.yaml")
     tokenizer = load_tokenizer(run.config.data.tokenizer)
     text = options.prompt if options.prompt is not None else sys.stdin.read()
-    prompt = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
+    prompt = torch.tensor(tokenizer.encode(text))
     if prompt.numel() == 0:
         raise UserError("the prompt is empty; give --prompt TEXT or text on standard input")
     new = generate(
@@ -34,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.max_new_tokens,
         context=run.config.data.seq_len,
         temperature=options.temperature,
-        stop_token=tokenizer.token_to_id(END_OF_DOCUMENT),
+        stop_token=tokenizer.eod()[1] if tokenizer.default_eod else None,
         generator=torch.Generator().manual_seed(options.seed),
     )
     print(text + tokenizer.decode(new.tolist()))

@@ -1,4 +1,4 @@
-"""Megatron's ``.bin/.idx`` pair (MMIDIDX, version 1): written here, readable by Megatron, and the reverse.
+"""Read Megatron's ``.bin/.idx`` pair (MMIDIDX, version 1); ``dataset_writer.py`` writes it.
 
 ``PREFIX.bin`` holds the tokens, one sequence after another. ``PREFIX.idx``, little-endian, holds
 
@@ -18,21 +18,17 @@ import bisect
 import functools
 import os
 import struct
-from array import array
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
-import numpy.typing as npt
 
 from megamtp.errors import UserError
-from megamtp.files import discard, open_temporary, publish, remove
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # "<": no padding between the fields
 DTYPE_CODES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
-SCAN_ITEMS = 1 << 22  # items per chunk of a scan: memory stays bounded whatever the size of the data
+SCAN_ITEMS = 1 << 18  # items per chunk of a scan: they stay in the cache, and memory bounded
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -46,83 +42,6 @@ def bin_path(prefix: Path | str) -> Path:
 
 def idx_path(prefix: Path | str) -> Path:
     return Path(f"{prefix}.idx")
-
-
-class IndexedDatasetWriter:
-    """Write a pair, one sequence per document. A context manager: it finalizes on success, cleans up otherwise.
-
-        with IndexedDatasetWriter("corpus", token_dtype(vocab_size)) as writer:
-            writer.add_document([5, 7, 2])
-
-    Memory: 4 bytes per document while writing. The pair replaces an older one of the same prefix, at the end.
-    """
-
-    def __init__(self, prefix: Path | str, dtype: npt.DTypeLike):
-        self.prefix = Path(prefix)
-        self.dtype = np.dtype(dtype)
-        codes = {np.dtype(name): code for code, name in DTYPE_CODES.items() if np.dtype(name).kind in "iu"}
-        if self.dtype not in codes:
-            raise UserError(f"{prefix}: tokens cannot be stored as {self.dtype}; use {', '.join(map(str, codes))}")
-        self.n_tokens = 0
-        self._code = codes[self.dtype]
-        self._range = np.iinfo(self.dtype)
-        self._lengths = array("i")
-        self._bin = open_temporary(bin_path(prefix))
-
-    def add_document(self, tokens: npt.ArrayLike) -> None:
-        """Append one document of token ids (length,), perhaps none. ``UserError`` for ids the dtype cannot hold."""
-        ids = np.asarray(tokens)
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise UserError(
-                f"{self.prefix}: document {self.n_documents} is {ids.dtype} of shape {ids.shape}; "
-                "give a flat list of integer token ids"
-            )
-        if ids.size > np.iinfo(np.int32).max:
-            raise UserError(
-                f"{self.prefix}: document {self.n_documents} has {ids.size} tokens, "
-                f"the format holds {np.iinfo(np.int32).max}; split it"
-            )
-        if ids.size and not 0 <= (low := ids.min()) <= (high := ids.max()) <= self._range.max:
-            raise UserError(
-                f"{self.prefix}: document {self.n_documents} has token {low if low < 0 else high}, outside "
-                f"0..{self._range.max} of {self.dtype}; choose the dtype with token_dtype(vocab_size)"
-            )
-        self._bin.write(ids.astype(self.dtype).tobytes())
-        self._lengths.append(ids.size)
-        self.n_tokens += ids.size
-
-    @property
-    def n_documents(self) -> int:
-        return len(self._lengths)
-
-    def finalize(self) -> None:
-        """Publish the ``.bin``, then the ``.idx``, whose presence makes the pair complete."""
-        lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.empty(0, np.int32)
-        pointers = np.zeros(len(lengths), dtype=np.int64)
-        np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-        pointers *= self.dtype.itemsize
-        documents = np.arange(len(lengths) + 1, dtype=np.int64)
-        index = open_temporary(idx_path(self.prefix))
-        try:
-            index.write(HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(documents)))
-            for field in (lengths, pointers, documents):
-                index.write(field.astype(field.dtype.newbyteorder("<"), copy=False).data)
-            # An older .idx must go first: beside the new .bin it would make a pair that looks complete.
-            remove(idx_path(self.prefix))
-            publish(self._bin, bin_path(self.prefix))
-            publish(index, idx_path(self.prefix))
-        finally:
-            discard(index)
-
-    def __enter__(self) -> "IndexedDatasetWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        try:
-            if kind is None:
-                self.finalize()
-        finally:
-            discard(self._bin)
 
 
 class IndexedDataset:

@@ -1,35 +1,27 @@
 """Micro-batches of this rank, and a state small enough to put in every checkpoint.
 
-Global step t uses samples [consumed, consumed + global_batch_size) in the order of ``Samples``; each data-parallel
-rank takes a contiguous share. The samples of a step therefore depend neither on the layout nor on the micro-batch.
+1. Global step t uses samples [consumed, consumed + global_batch_size) of the blend; each data-parallel rank takes a
+   contiguous share. The samples of a step therefore depend neither on the layout nor on the micro-batch.
+2. A cursor of the blend tells which samples these are; worker processes, if there are any, read them, ahead of time
+   and in this order. What they have read ahead is not consumed: the state does not depend on them.
 
 Shapes: b = micro-batch, s = seq_len, n = n_future_tokens.
 """
 
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from torch.utils.data import DataLoader, Dataset
 
-from megamtp.config import REQUIRED, config_dataclass, option
-from megamtp.data.samples import Samples
-from megamtp.errors import UserError
+from megamtp.data.blend import Blend
+from megamtp.data.packing import PackedSamples
+from megamtp.data.samples import PADDING, Samples
+from megamtp.errors import RunFailure, UserError
 
-PADDING = -1
-
-
-@config_dataclass
-class DataConfig:
-    train: str = option(REQUIRED, "training data: path of the .bin/.idx pair without the ending")
-    validation: str | None = option(None, "validation data, named likewise")
-    seq_len: Annotated[int, Field(ge=1)] = option(1024, "positions per sample")
-    mask_cross_document_targets: bool = option(True, "no loss for a target in another document than its position")
-    document_attention: bool = option(False, "positions attend only inside their document; rotary restarts in each")
-    tokenizer: str | None = option(None, "tokenizer.json that the data was made with; only generation needs it")
+Rows = tuple[np.ndarray, np.ndarray]  # (source (b,), index in that source (b,)) of one micro-batch
 
 
 @dataclass(frozen=True)
@@ -70,17 +62,23 @@ class Batch:
 class Loader:
     """An endless iterator over steps; each step is the list of this rank's micro-batches.
 
-    Raises ``UserError`` when the global batch does not divide into micro-batches and ranks.
+    ``transform`` turns a ``Batch`` into what the model takes; with ``workers`` > 0 it runs in those processes, and
+    ``pin_memory`` moves the tensors that it returns into page-locked memory. Raises ``UserError`` when the global
+    batch does not divide into micro-batches and ranks, ``RunFailure`` when a worker has died.
     """
 
     def __init__(
         self,
-        samples: Samples,
+        blend: Blend | Samples | PackedSamples,
         global_batch_size: int,
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
-        consumed_samples: int = 0,
+        *,
+        transform: Callable[[Batch], Any] = lambda batch: batch,
+        workers: int = 0,
+        prefetch: int = 4,
+        pin_memory: bool = False,
     ) -> None:
         unit = micro_batch_size * dp_size
         if global_batch_size < 1 or global_batch_size % unit:
@@ -90,55 +88,118 @@ class Loader:
                 f"global_batch_size {global_batch_size} does not divide into micro-batches of {micro_batch_size} on "
                 f"{dp_size} data-parallel ranks; use {nearest}"
             )
-        self.samples = samples
+        self.blend = blend if isinstance(blend, Blend) else Blend([blend], [(0, [1.0])])
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.dp_rank = dp_rank
         self.dp_size = dp_size
-        self.consumed_samples = consumed_samples
+        self._transform = transform
+        self._read_ahead = {"num_workers": workers, "pin_memory": pin_memory}
+        if workers:
+            # Forked, a worker shares the memory maps and starts at once; it touches neither GPU nor process groups.
+            self._read_ahead |= {"prefetch_factor": prefetch, "multiprocessing_context": "fork"}
+        self._cursor = self.blend.cursor()
+        self._batches: Iterator[Any] | None = None
 
-    def next_step(self) -> list[Batch]:
+    def next_step(self) -> list[Any]:
         """The micro-batches of the next global batch that belong to this rank, in order."""
-        share = self.global_batch_size // self.dp_size
-        first = self.consumed_samples + self.dp_rank * share
-        batches = [
-            _batch(self.samples, range(start, start + self.micro_batch_size), self.micro_batch_size)
-            for start in range(first, first + share, self.micro_batch_size)
-        ]
-        self.consumed_samples += self.global_batch_size
+        if self._batches is None:
+            ahead = self.blend.cursor(self._cursor.state_dict())
+            reader = _Reader(self.blend, self._transform)
+            self._batches = iter(DataLoader(reader, None, sampler=_Plan(self, ahead), **self._read_ahead))
+        count = self.global_batch_size // (self.micro_batch_size * self.dp_size)
+        try:
+            batches = [next(self._batches) for _ in range(count)]
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RunFailure(f"data: {' '.join(str(error).split())}; out of memory? Use fewer data.workers") from error
+        self._cursor.take(self.global_batch_size)
         return batches
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         return self
 
-    def __next__(self) -> list[Batch]:
+    def __next__(self) -> list[Any]:
         return self.next_step()
 
+    def close(self) -> None:
+        """End the worker processes; the next step would start others."""
+        self._batches = None
+
     @property
-    def epoch(self) -> float:
-        """Passes over the data so far."""
-        return self.consumed_samples / self.samples.samples_per_epoch
+    def consumed_samples(self) -> int:
+        return self._cursor.consumed
+
+    @property
+    def epochs(self) -> dict[str, float]:
+        """Passes over each source so far, by the path of its data."""
+        epochs = self.blend.epochs(self._cursor.consumed_per_source)
+        return {source.stream.name: n for source, n in zip(self.blend.sources, epochs, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values: how far the data is read, and what fixes its order. The same on every rank."""
-        return {"consumed_samples": self.consumed_samples, **_identity(self.samples)}
+        return {**self._cursor.state_dict(), "sources": self.blend.identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly after the last step of ``state``; batch sizes and ranks may be others.
+        """Continue exactly after the last step of ``state``; batch sizes, ranks and workers may be others.
 
         Raises ``UserError`` naming what differs when the state belongs to another order of the data.
         """
-        for key, ours in _identity(self.samples).items():
-            if state.get(key) != ours:
-                raise UserError(
-                    f"{self.samples.dataset.prefix}: the checkpoint was made with other data: {key} was "
-                    f"{state.get(key)}, now it is {ours}; give the same data and settings, or start a new run"
-                )
-        self.consumed_samples = state["consumed_samples"]
+        if "sources" not in state:
+            raise UserError("data: the checkpoint is of an earlier version, which kept another state; start a new run")
+        # Sources may have been added at the end; the blend refuses fewer.
+        for source, before in zip(self.blend.sources, state["sources"], strict=False):
+            for key, value in source.identity().items():
+                if before.get(key) != value:
+                    raise UserError(
+                        f"{source.dataset.prefix}: the checkpoint was made with other data: {key} was "
+                        f"{before.get(key)}, now it is {value}; give the same data and settings, or start a new run"
+                    )
+        self._cursor = self.blend.cursor(state)
+        self._batches = None
+
+
+class _Reader(Dataset):
+    """From the plan of a micro-batch to its content."""
+
+    def __init__(self, blend: Blend, transform: Callable[[Batch], Any]):
+        self.blend, self.transform = blend, transform
+
+    def __getitem__(self, rows: Rows) -> Any:
+        tokens, document_ids = self.blend.fetch(*rows)
+        seq_len = self.blend.sources[0].seq_len
+        return self.transform(Batch(torch.from_numpy(tokens), torch.from_numpy(document_ids), seq_len))
+
+
+class _Plan:
+    """The rows of this rank's micro-batches, for ever."""
+
+    def __init__(self, loader: Loader, cursor):
+        self.loader, self.cursor = loader, cursor
+
+    def __iter__(self) -> Iterator[Rows]:
+        loader = self.loader
+        share = loader.global_batch_size // loader.dp_size
+        while True:
+            source, index = self.cursor.take(loader.global_batch_size)
+            first = loader.dp_rank * share
+            for start in range(first, first + share, loader.micro_batch_size):
+                rows = slice(start, start + loader.micro_batch_size)
+                yield source[rows], index[rows]
+
+
+def validation_rounds(n_samples: int, micro_batch_size: int, dp_size: int) -> int:
+    """Batches that every rank gets from ``validation_batches``."""
+    return -(-n_samples // (micro_batch_size * dp_size))
 
 
 def validation_batches(
-    samples: Samples, micro_batch_size: int, dp_rank: int, dp_size: int, max_samples: int | None = None
+    samples: Samples | PackedSamples,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    max_samples: int | None = None,
 ) -> Iterator[Batch]:
     """This rank's part of the first ``max_samples`` (default: all) samples of one epoch, each once over all ranks.
 
@@ -146,30 +207,12 @@ def validation_batches(
     that are left over at the end are padding.
     """
     total = min(samples.samples_per_epoch, max_samples if max_samples is not None else samples.samples_per_epoch)
-    for round_start in range(0, total, micro_batch_size * dp_size):
-        start = round_start + dp_rank * micro_batch_size
-        yield _batch(samples, range(start, min(total, start + micro_batch_size)), micro_batch_size)
-
-
-def _batch(samples: Samples, global_indices: range, rows: int) -> Batch:
     width = samples.seq_len + samples.n_future_tokens
-    tokens = np.full((rows, width), PADDING, dtype=np.int64)
-    document_ids = np.zeros((rows, width), dtype=np.int32)
-    for row, global_index in enumerate(global_indices):
-        tokens[row], document_ids[row] = samples.get(global_index)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(document_ids), samples.seq_len)
-
-
-def _identity(samples: Samples) -> dict[str, Any]:
-    # Two corpora may well have equally many tokens (synthetic ones do): 64 short cuts tell them apart.
-    tokens = samples.dataset.tokens
-    cuts = [tokens[start : start + 64] for start in range(0, len(tokens), -(-len(tokens) // 64))]
-    return {
-        "seed": samples.seed,
-        "shuffle": samples.shuffle,
-        "seq_len": samples.seq_len,
-        "n_future_tokens": samples.n_future_tokens,
-        "n_tokens": samples.dataset.n_tokens,
-        "samples_per_epoch": samples.samples_per_epoch,
-        "sampled_tokens_crc32": zlib.crc32(np.concatenate(cuts).astype("<i8").tobytes()),
-    }
+    for round_start in range(0, total, micro_batch_size * dp_size):
+        start = min(total, round_start + dp_rank * micro_batch_size)
+        stop = min(total, start + micro_batch_size)
+        tokens = np.full((micro_batch_size, width), PADDING, dtype=np.int64)
+        document_ids = np.zeros((micro_batch_size, width), dtype=np.int32)
+        if start < stop:
+            tokens[: stop - start], document_ids[: stop - start] = samples.batch(np.arange(start, stop))
+        yield Batch(torch.from_numpy(tokens), torch.from_numpy(document_ids), samples.seq_len)

@@ -114,8 +114,11 @@ class Engine:
         takes_over = hasattr(self.deepspeed.optimizer, "averaged_gradients")
         return self.grid.dp_size > 1 or takes_over
 
-    def train_step(self, batches: list[ModelInputs], lr: float) -> StepResult:
-        """One optimizer step over this rank's micro-batches. A non-finite gradient norm skips the update."""
+    def train_step(self, batches: list[ModelInputs | None], lr: float) -> StepResult:
+        """One optimizer step over this rank's micro-batches. A non-finite gradient norm skips the update.
+
+        Ranks of a pipeline that hold neither its first nor its last stage may be given None for each.
+        """
         if len(batches) != self.micro_batches:
             raise ValueError(f"expected {self.micro_batches} micro-batches, got {len(batches)}")
         for group in self.deepspeed.optimizer.param_groups:
@@ -125,7 +128,7 @@ class Engine:
         return StepResult(*self._counted_totals(), grad_norm=grad_norm, skipped=not math.isfinite(grad_norm))
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[ModelInputs]) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, batches: Iterable[ModelInputs | None]) -> tuple[Tensor, Tensor, Tensor]:
         """Per-head (sums, counts, correct), each (n,), to be summed over all ranks; zeros for none."""
         self._totals = None
         self._run_evaluation(batches)
@@ -218,7 +221,7 @@ class Engine:
 
     def _forward(self, run, inputs: ModelInputs) -> HeadLosses:
         device = self.grid.device
-        return run(**{name: None if x is None else x.to(device) for name, x in inputs.items()})
+        return run(**{name: None if x is None else x.to(device, non_blocking=True) for name, x in inputs.items()})
 
     def _add(self, losses: HeadLosses) -> None:
         new = losses.sums.double(), losses.counts, losses.correct

@@ -124,12 +124,12 @@ class PipelineEngine(Engine):
 
         self.deepspeed._INSTRUCTION_MAP = instructions | {schedule.OptimizerStep: clip_and_step}
 
-    def _run_step(self, batches: list[ModelInputs]) -> float:
+    def _run_step(self, batches: list[ModelInputs | None]) -> float:
         self.deepspeed.train_batch(self._as_deepspeed(batches))
         self._take_losses()
         return self._grad_norm
 
-    def _run_evaluation(self, batches: Iterable[ModelInputs]) -> None:
+    def _run_evaluation(self, batches: Iterable[ModelInputs | None]) -> None:
         # DualPipeV's buffers are numbered for the micro-batches of a training step: it evaluates as many at a time,
         # and empty ones fill up. 1F1B takes any number; enough of them keep its stages busy.
         fixed = isinstance(self.module, DualPipeVStages)
@@ -137,7 +137,8 @@ class PipelineEngine(Engine):
         batches = iter(batches)
         while group := list(islice(batches, size)):
             if fixed and len(group) < size:
-                empty = group[-1] | {"targets": torch.full_like(group[-1]["targets"], IGNORE_INDEX)}
+                last = group[-1]
+                empty = last and last | {"targets": torch.full_like(last["targets"], IGNORE_INDEX)}
                 group += [empty] * (size - len(group))
             self.deepspeed.eval_batch(self._as_deepspeed(group), num_micro_batches=len(group))
             self.module.train()
@@ -148,7 +149,7 @@ class PipelineEngine(Engine):
             self._add(losses)
         self.module.losses.clear()
 
-    def _as_deepspeed(self, batches: Iterable[ModelInputs]) -> Iterator | None:
+    def _as_deepspeed(self, batches: Iterable[ModelInputs | None]) -> Iterator | None:
         """((tokens, packed positions and documents), targets) of each micro-batch."""
         if not self.reads_data:
             return None

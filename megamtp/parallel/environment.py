@@ -76,6 +76,24 @@ def set_rendezvous(environment: LaunchEnvironment) -> None:
         os.environ[name] = str(value)
 
 
+def mpi_world(environment: LaunchEnvironment, advice: str):
+    """mpi4py's communicator of all ranks; importing it starts MPI. ``ImportError`` where there is no mpi4py or MPI.
+
+    ``UserError``, ending in ``advice``, where mpi4py sees other ranks than the launcher has started.
+    """
+    try:
+        from mpi4py import MPI
+    except RuntimeError as error:  # it finds no MPI library
+        raise ImportError(str(error)) from None
+    world = MPI.COMM_WORLD
+    if world.size != environment.world_size:
+        raise UserError(
+            f"mpi4py: sees {world.size} of {environment.world_size} ranks; it is built for another "
+            f"MPI ({MPI.Get_library_version().split(',')[0].strip()}); rebuild it with this one's mpicc or {advice}"
+        )
+    return world
+
+
 def _place(launcher: _Launcher) -> LaunchEnvironment:
     names = (launcher.rank, launcher.world_size, launcher.local_rank)
     for name in names:
@@ -84,7 +102,9 @@ def _place(launcher: _Launcher) -> LaunchEnvironment:
         if not os.environ[name].isdecimal():
             raise UserError(f"environment: {name} is {os.environ[name]!r}, not a number; {_HOW}")
     rank, world_size, local_rank = (int(os.environ[name]) for name in names)
-    if not local_rank <= rank < world_size:
+    # Open MPI may number an oversubscribed node's ranks out of order.
+    ordered = local_rank <= rank or launcher is _OPEN_MPI
+    if not (ordered and max(rank, local_rank) < world_size):
         values = ", ".join(f"{name}={os.environ[name]}" for name in names)
         raise UserError(f"environment: {values} contradict each other; {_HOW}")
     return LaunchEnvironment(rank, world_size, local_rank, launcher.name)
@@ -93,17 +113,13 @@ def _place(launcher: _Launcher) -> LaunchEnvironment:
 def _meeting_point_by_mpi(environment: LaunchEnvironment) -> tuple[str, int]:
     advice = "pass `-x MASTER_ADDR=HOST -x MASTER_PORT=PORT` to mpirun (MPICH: `-genv NAME VALUE`)"
     try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError):  # the latter where it finds no MPI library
+        world = mpi_world(environment, advice)
+    except ImportError:
         if os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(environment.world_size):
             return "127.0.0.1", _derived_port("PMIX_NAMESPACE")
         raise UserError(f"{environment.launcher}: where is rank 0? Install mpi4py or {advice}") from None
-    world = MPI.COMM_WORLD
-    if world.size != environment.world_size:
-        raise UserError(
-            f"mpi4py: sees {world.size} of {environment.world_size} ranks; it is built for another "
-            f"MPI ({MPI.Get_library_version().split(',')[0].strip()}); rebuild it with this one's mpicc or {advice}"
-        )
+    from mpi4py import MPI
+
     hosts = world.allgather(socket.gethostname())
     port = world.bcast(_free_port() if world.rank == 0 else None)
     # MPI has done its part. Left for the interpreter's exit, a rank that fails would wait there for the others.

@@ -66,6 +66,10 @@ class ParallelConfig:
             )
         return world_size // model
 
+    def reads_data(self, pp_rank: int) -> bool:
+        """Whether this pipeline rank holds the first stage (tokens) or the last (targets); DualPipeV: rank 0 both."""
+        return pp_rank == 0 or (self.schedule == "1f1b" and pp_rank == self.pipeline - 1)
+
     @property
     def sequence_parallel(self) -> bool:
         return self.tensor > 1 if self.sequence is None else self.sequence

@@ -6,12 +6,13 @@ from dataclasses import asdict
 import torch
 
 from megamtp.config import dump
+from megamtp.data.datasets import describe_data
 from megamtp.model.cost import parameters, train_flops_per_token
 from megamtp.model.model import MultiTokenModel
 from megamtp.parallel.environment import launch_environment
 from megamtp.planner.stages import Stage, plan_stages, stage_table
 from megamtp.training.host_memory import keep_freed_memory
-from megamtp.training.loop import open_samples, train
+from megamtp.training.loop import open_run_data, train
 from megamtp.training.run_config import RunConfig
 
 
@@ -20,12 +21,13 @@ def pretrain(config: RunConfig, dry_run: bool = False) -> int:
     rank, world_size, *_ = launch_environment()
     micro_batches = config.micro_batches(world_size)
     if dry_run:
-        open_samples(config)
+        data = open_run_data(config)
         with torch.device("meta"):
             model = MultiTokenModel(config.model, config.heads_of_layout, config.ops)
         if rank == 0:
             print(describe_run(config, world_size, micro_batches))
             print(f"parameter tensors: {len(list(model.parameters()))}")
+            print(describe_data(data, config.training.steps * config.training.global_batch_size))
         return 0
     if rank == 0 and config.parallel.stages > 1:
         print(stage_table(_stages(config, world_size, micro_batches)), flush=True)

@@ -3,15 +3,16 @@
 import math
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from megamtp.config import dump
-from megamtp.data.indexed_dataset import IndexedDataset
-from megamtp.data.loader import Batch, DataConfig, Loader, validation_batches
-from megamtp.data.samples import Samples
+from megamtp.data.datasets import Data, DataConfig, Share, describe_data, open_data
+from megamtp.data.loader import Batch, Loader, validation_batches, validation_rounds
 from megamtp.engine.build import build_engine
 from megamtp.engine.engine import Engine, ModelInputs
 from megamtp.errors import UserError
@@ -20,27 +21,41 @@ from megamtp.model.cost import train_flops_per_token
 from megamtp.parallel.groups import ProcessGrid
 from megamtp.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from megamtp.training.faults import StopRequest, fail_together, from_main
-from megamtp.training.metrics import MetricsWriter, peak_memory_gib, peak_tflops, reduce_heads
+from megamtp.training.metrics import HeadMetrics, MetricsWriter, peak_memory_gib, peak_tflops, reduce_heads
 from megamtp.training.run_config import RunConfig
 from megamtp.training.schedule import learning_rate
 
 
-def open_samples(config: RunConfig) -> tuple[Samples, Samples | None]:
-    """Training samples, shuffled, and validation samples, in order. ``UserError`` for data that does not fit."""
-    n, data = config.model.n_future_tokens, config.data
-    train = IndexedDataset(data.train)
-    validation = IndexedDataset(data.validation) if data.validation else None
-    for dataset in filter(None, (train, validation)):
-        largest = dataset.max_token()
-        if largest >= config.model.vocab_size:
-            raise UserError(
-                f"{dataset.prefix}: holds token {largest}, but model.vocab_size is {config.model.vocab_size}; "
-                "use the tokenizer's vocabulary size"
-            )
-    return (
-        Samples(train, data.seq_len, n, config.training.seed),
-        Samples(validation, data.seq_len, n, config.training.seed, shuffle=False) if validation else None,
+def open_run_data(config: RunConfig, share: Share | None = None) -> Data:
+    """The data sets of a run, checked. ``UserError`` for data that does not fit."""
+    return open_data(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        n_future_tokens=config.model.n_future_tokens,
+        seed=config.training.seed,
+        share=share,
     )
+
+
+def open_loader(config: RunConfig, grid: ProcessGrid) -> tuple[Loader, Data]:
+    """What this rank reads, for the ranks that read. The ranks of the first stage share the checking of checksums."""
+    if grid.pp_rank or grid.tensor.rank:
+        config = replace(config, data=replace(config.data, verify="sizes"))
+    data = open_run_data(config, Share(grid.dp_rank, grid.dp_size))
+    on_gpu = grid.device.type == "cuda"
+    workers = config.data.workers
+    loader = Loader(
+        data.train,
+        config.training.global_batch_size,
+        config.training.micro_batch_size,
+        grid.dp_rank,
+        grid.dp_size,
+        transform=partial(model_inputs, data=config.data),
+        workers=(2 if on_gpu else 0) if workers is None else workers,
+        prefetch=config.data.prefetch,
+        pin_memory=on_gpu,
+    )
+    return loader, data
 
 
 def model_inputs(batch: Batch, data: DataConfig) -> ModelInputs:
@@ -71,6 +86,28 @@ def engine_of_run(config: RunConfig, grid: ProcessGrid, seed: int | None) -> Eng
     )
 
 
+def evaluate_sets(
+    config: RunConfig, grid: ProcessGrid, engine: Engine, data: Data | None, validation_samples: dict[str, int]
+) -> tuple[dict[str, HeadMetrics], HeadMetrics]:
+    """Metrics of each validation set and of all together. Every rank calls it; those without ``data`` read nothing.
+
+    ``validation_samples``: how many samples each set has.
+    """
+    micro_batch_size, limit = config.training.micro_batch_size, config.training.eval_samples
+    sets, totals = {}, torch.zeros(3, config.model.n_future_tokens, dtype=torch.float64, device=grid.device)
+    for name, n_samples in validation_samples.items():
+        n_samples = min(n_samples, limit or n_samples)
+        if data:
+            rows = validation_batches(data.validation[name], micro_batch_size, grid.dp_rank, grid.dp_size, n_samples)
+            batches = (model_inputs(batch, config.data) for batch in rows)
+        else:
+            batches = [None] * validation_rounds(n_samples, micro_batch_size, grid.dp_size)
+        sums = engine.evaluate(batches)
+        sets[name] = reduce_heads(*sums, grid)
+        totals += torch.stack([x.double() for x in sums])
+    return sets, reduce_heads(*totals, grid)
+
+
 def train(config: RunConfig, grid: ProcessGrid) -> int:
     """Run or resume ``config`` to its end. Returns 0, or 128 + the signal that asked for a stop after a save.
 
@@ -78,16 +115,17 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
     """
     run_dir, training = Path(config.run_dir), config.training
     with fail_together(grid):  # a rank that is still on its way must not lose its neighbours
-        train_samples, validation_samples = open_samples(config)
-        loader = Loader(
-            train_samples, training.global_batch_size, training.micro_batch_size, grid.dp_rank, grid.dp_size
-        )
+        loader, data = open_loader(config, grid) if config.parallel.reads_data(grid.pp_rank) else (None, None)
+    validation_samples = from_main(grid, lambda: {name: s.samples_per_epoch for name, s in data.validation.items()})
     latest = from_main(grid, lambda: latest_checkpoint(run_dir / "checkpoints"))
     with fail_together(grid):
         checkpoint = Checkpoint.open(latest) if latest else None
         if checkpoint:
             checkpoint.require_model(asdict(config.model))
-            loader.load_state_dict(checkpoint.manifest["state"]["loader"])
+            if loader:
+                loader.load_state_dict(checkpoint.manifest["state"]["loader"])
+    if grid.is_main:
+        print(describe_data(data, training.steps * training.global_batch_size), flush=True)
 
     engine = engine_of_run(config, grid, seed=None if checkpoint else training.seed)
     step, counters = 0, {"tokens": 0, "skipped_steps": 0}
@@ -103,12 +141,13 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
     if grid.is_main and checkpoint:
         print(f"going on from {checkpoint.path} (step {step} of {training.steps})", flush=True)
     last_step = min(training.steps, training.stop_after or training.steps)
+    micro_batches = config.micro_batches(grid.world_size)
     tokens_per_step = training.global_batch_size * config.data.seq_len
     flops_per_step = tokens_per_step * train_flops_per_token(config.model, config.data.seq_len)
     device_peak = training.peak_tflops or peak_tflops(grid.device)
 
     def save() -> None:
-        state = {"loader": loader.state_dict(), "counters": counters}
+        state = {"loader": loader and loader.state_dict(), "counters": counters}  # that of the main rank is written
         save_checkpoint(
             run_dir / "checkpoints",
             engine,
@@ -119,29 +158,28 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
         )
 
     def evaluate() -> None:
-        if validation_samples is None:
-            return
-        batches = validation_batches(
-            validation_samples, training.micro_batch_size, grid.dp_rank, grid.dp_size, training.eval_samples
-        )
-        heads = reduce_heads(*engine.evaluate(model_inputs(batch, config.data) for batch in batches), grid)
-        if metrics:
+        sets, heads = evaluate_sets(config, grid, engine, data, validation_samples)
+        if metrics and sets:
+            of_sets = {name: of_set._asdict() for name, of_set in sets.items()}
             metrics.write(
                 {
                     "step": step,
                     "validation_loss_per_head": heads.losses,
                     "validation_accuracy_per_head": heads.accuracies,
                     "validation_targets": heads.targets,
+                    **({"validation_sets": of_sets} if len(sets) > 1 else {}),
                 }
             )
             bar.write(f"step {step}: validation loss per head {_numbers(heads.losses)}")
+            for name, of_set in sets.items() if len(sets) > 1 else ():
+                bar.write(f"  {name}: {_numbers(of_set.losses)}")
 
     bar = tqdm(total=training.steps, initial=step, unit="step", disable=not grid.is_main, dynamic_ncols=True)
     stop_signal = None
     with StopRequest() as stop, bar:
         while step < last_step and stop_signal is None:
             started = time.perf_counter()
-            batches = [model_inputs(batch, config.data) for batch in loader.next_step()]
+            batches = loader.next_step() if loader else [None] * micro_batches
             lr = learning_rate(step, training.steps, config.optimizer.lr, config.schedule)
             result = engine.train_step(batches, lr)
             heads = reduce_heads(result.sums, result.counts, result.correct, grid)
@@ -167,7 +205,8 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
                         "tflops": tflops,
                         "mfu": tflops / (device_peak * grid.world_size) if device_peak else None,
                         "memory_gib": peak_memory_gib(grid.device),
-                        "epoch": loader.epoch,
+                        "epoch": max(loader.epochs.values()),
+                        **({"epoch_per_source": loader.epochs} if len(loader.epochs) > 1 else {}),
                     }
                 )
                 bar.set_postfix_str(f"loss {_numbers(heads.losses)}, {tokens_per_step / seconds:,.0f} tokens/s")
@@ -181,6 +220,8 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
                 evaluate()
             if training.checkpoint_every and step % training.checkpoint_every == 0 or at_end or stop_signal:
                 save()
+    if loader:
+        loader.close()
     if metrics:
         metrics.close()
     if stop_signal and step < training.steps:

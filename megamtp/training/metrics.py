@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,21 +71,31 @@ class MetricsWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """``record["step"]`` is the step that is done; lists become one TensorBoard curve an entry, head 1 first."""
-        self._file.write(json.dumps({key: _strict(value) for key, value in record.items()}, allow_nan=False) + "\n")
-        for key, value in record.items():
-            if key == "step" or isinstance(value, str) or value is None:
-                continue
-            for index, number in enumerate(value if isinstance(value, list) else [value]):
-                tag = f"{key}/head_{index + 1}" if isinstance(value, list) else key
-                self._board.add_scalar(tag, number, record["step"])
+        self._file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
+        for tag, number in _scalars("", {key: value for key, value in record.items() if key != "step"}):
+            self._board.add_scalar(tag, number, record["step"])
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
 
 
+def _scalars(tag: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The numbers in nested values, by names like ``validation_sets/code/losses/head_1``."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _scalars(f"{tag}/{key}" if tag else key, item)
+    elif isinstance(value, list):
+        for index, item in enumerate(value, start=1):
+            yield from _scalars(f"{tag}/head_{index}", item)
+    elif isinstance(value, int | float):
+        yield tag, value
+
+
 def _strict(value: Any) -> Any:
     """NaN and infinity, which JSON lacks, become null."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_strict(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megamtp.config import REQUIRED, config_dataclass, option
-from megamtp.data.loader import DataConfig
+from megamtp.data.datasets import DataConfig
 from megamtp.engine.optimizer import OptimizerConfig
 from megamtp.errors import UserError
 from megamtp.model.cut import choose_cut

@@ -2,7 +2,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megamtp.data.dataset_writer import IndexedDatasetWriter
+from megamtp.data.indexed_dataset import IndexedDataset
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from megamtp.data import indexed_dataset
-from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
+from megamtp.data.dataset_writer import IndexedDatasetWriter
+from megamtp.data.indexed_dataset import IndexedDataset, token_dtype
 from megamtp.errors import UserError
 from megamtp.files import write_atomic
 

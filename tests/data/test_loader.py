@@ -1,15 +1,21 @@
 import itertools
 import json
+import os
+import signal
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from megamtp.config import from_dict
-from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megamtp.data.loader import Batch, DataConfig, Loader, validation_batches
+from megamtp.data.blend import Blend
+from megamtp.data.dataset_writer import IndexedDatasetWriter
+from megamtp.data.datasets import DataConfig
+from megamtp.data.indexed_dataset import IndexedDataset
+from megamtp.data.loader import Batch, Loader, validation_batches
 from megamtp.data.samples import Samples
-from megamtp.errors import UserError
+from megamtp.errors import RunFailure, UserError
 
 LENGTHS = [13, 0, 40, 7, 90, 1, 1, 60, 88]  # 300 tokens
 
@@ -27,10 +33,15 @@ def expected_rows(samples, indices):
     return [samples.get(i)[0].tolist() for i in indices]
 
 
-def global_steps(samples, n_steps, dp_size, micro, consumed=0, global_batch=8):
+def global_steps(samples, n_steps, dp_size, micro, global_batch=8, state=None, **options):
     """The rows of each step, ranks joined in order."""
-    loaders = [Loader(samples, global_batch, micro, rank, dp_size, consumed) for rank in range(dp_size)]
+    loaders = [Loader(samples, global_batch, micro, rank, dp_size, **options) for rank in range(dp_size)]
+    for loader in loaders:
+        if state is not None:
+            loader.load_state_dict(json.loads(json.dumps(state)))
     steps = [rows(batch for loader in loaders for batch in loader.next_step()) for _ in range(n_steps)]
+    for loader in loaders:
+        loader.close()
     return steps, loaders
 
 
@@ -95,7 +106,7 @@ def test_union_over_ranks_is_the_global_sequence(samples, dp_size, micro):
     for step, found in enumerate(steps):
         assert found == expected_rows(samples, range(step * 8, step * 8 + 8))
     assert all(loader.state_dict() == loaders[0].state_dict() for loader in loaders)
-    assert loaders[0].epoch == n_steps * 8 / samples.samples_per_epoch
+    assert loaders[0].epochs == {str(samples.dataset.prefix): n_steps * 8 / samples.samples_per_epoch}
 
 
 def test_shapes_and_iteration(samples):
@@ -108,21 +119,88 @@ def test_shapes_and_iteration(samples):
     assert loader.consumed_samples == 36
 
 
-@pytest.mark.parametrize("dp_size, micro, global_batch", [(1, 1, 8), (4, 2, 8), (2, 2, 12)])
-def test_resume_on_another_layout(samples, dp_size, micro, global_batch):
-    _, loaders = global_steps(samples, 3, dp_size=2, micro=4)
-    state = json.loads(json.dumps(loaders[1].state_dict()))
-    steps = []
-    resumed = [Loader(samples, global_batch, micro, rank, dp_size) for rank in range(dp_size)]
-    for loader in resumed:
-        loader.load_state_dict(state)
-    for _ in range(4):
-        steps += rows(batch for loader in resumed for batch in loader.next_step())
-    assert steps == expected_rows(samples, range(24, 24 + 4 * global_batch))
+@pytest.fixture
+def blend(write_dataset):
+    """Three sources in the ratio 5:3:2, from sample 50 on the third alone with a little of the first."""
+    lengths = [LENGTHS, [50] * 9, [200, 0, 30]]
+    sources = [Samples(write_dataset(of_source), 8, 3, seed=i) for i, of_source in enumerate(lengths)]
+    return Blend(sources, [(0, [0.5, 0.3, 0.2]), (50, [1, 0, 9])])
+
+
+def blend_rows(blend, first, last):
+    """Rows of the samples [first, last) of the blend, one by one."""
+    cursor = blend.cursor()
+    pairs = [cursor.take(1) for _ in range(last)]
+    return [blend.sources[int(source[0])].get(int(index[0]))[0].tolist() for source, index in pairs[first:]]
+
+
+@pytest.mark.parametrize(
+    "dp_size, micro, global_batch, workers", [(1, 1, 8, 0), (4, 2, 8, 0), (2, 2, 12, 2), (1, 4, 8, 3)]
+)
+@pytest.mark.parametrize("stopped_after", [0, 3, 6])
+def test_resume_on_another_layout(blend, dp_size, micro, global_batch, workers, stopped_after):
+    """Saved at DP 2 by loaders whose workers have read ahead; other ranks, micro-batch, global batch, workers go on."""
+    before, loaders = global_steps(blend, stopped_after, dp_size=2, micro=4, workers=1, prefetch=2)
+    state = loaders[1].state_dict()
+    assert state == loaders[0].state_dict() and state["consumed_samples"] == 8 * stopped_after
+    after, _ = global_steps(blend, 4, dp_size, micro, global_batch, state, workers=workers)
+    read = [row for step in before + after for row in step]
+    assert read == blend_rows(blend, 0, 8 * stopped_after + 4 * global_batch)
+
+
+@pytest.mark.parametrize("workers, prefetch", [(1, 1), (2, 4), (3, 2)])
+def test_workers_give_what_reading_in_place_gives(blend, workers, prefetch):
+    here, _ = global_steps(blend, 12, dp_size=2, micro=2)
+    there, _ = global_steps(blend, 12, dp_size=2, micro=2, workers=workers, prefetch=prefetch)
+    assert there == here
+
+
+def test_workers_read_in_other_processes_and_transform_there(blend):
+    loader = Loader(blend, 8, 4, 0, 1, workers=2, transform=lambda batch: (os.getpid(), batch.inputs))
+    pids = {pid for pid, _ in loader.next_step() + loader.next_step()}
+    assert len(pids) == 2 and os.getpid() not in pids
+    loader.close()
+    for pid in pids:
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_dead_worker_is_told(blend):
+    loader = Loader(blend, 8, 4, 0, 1, workers=2, prefetch=1, transform=lambda batch: os.getpid())
+    pid = loader.next_step()[0]
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(RunFailure, match=f"DataLoader worker .*{pid}.* exited unexpectedly") as error:
+        for _ in range(10):
+            loader.next_step()
+    assert "\n" not in str(error.value)
+    loader.close()
+
+
+def test_an_error_in_a_worker_keeps_its_traceback(blend):
+    def fail(batch):
+        raise ArithmeticError("in the transform")
+
+    loader = Loader(blend, 8, 4, 0, 1, workers=1, transform=fail)
+    with pytest.raises(ArithmeticError, match="in the transform"):
+        loader.next_step()
+    loader.close()
+
+
+def test_weights_may_change_from_the_present_on(blend):
+    _, [loader] = global_steps(blend, 5, dp_size=1, micro=8)
+    later = Blend(blend.sources, [(0, [0.5, 0.3, 0.2]), (40, [0, 1, 0])])
+    resumed = Loader(later, 8, 8, 0, 1)
+    resumed.load_state_dict(loader.state_dict())
+    expected = [blend.sources[1].get(12 + i)[0].tolist() for i in range(8)]  # 0.3 x 40 are consumed
+    assert rows(resumed.next_step()) == expected
+    with pytest.raises(UserError, match="stages before sample 40 differ"):
+        Loader(Blend(blend.sources, [(0, [0.6, 0.2, 0.2])]), 8, 8, 0, 1).load_state_dict(loader.state_dict())
+    with pytest.raises(UserError, match="made with 3 data sources, now there are 2"):
+        Loader(Blend(blend.sources[:2], [(0, [0.5, 0.5])]), 8, 8, 0, 1).load_state_dict(loader.state_dict())
 
 
 def test_state_of_other_data_is_refused(samples, write_dataset, tmp_path):
-    state = Loader(samples, 8, 2, 0, 1, consumed_samples=16).state_dict()
+    _, [loader] = global_steps(samples, 2, dp_size=1, micro=2)
+    state = loader.state_dict()
     with IndexedDatasetWriter(tmp_path / "same_size", "int32") as writer:
         writer.add_document(np.arange(300)[::-1])
     others = {

@@ -1,30 +1,46 @@
+"""Text to a data set: what is in it, and that it is the same however the work is shared out."""
+
+import dataclasses
 import gzip
 import hashlib
 import json
+import os
+import re
 import runpy
+import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("tokenizers")
 from tokenizers import Tokenizer
 
 from megamtp.data.indexed_dataset import IndexedDataset
-from megamtp.data.preprocess import encode
-from megamtp.data.preprocess.encode import load_tokenizer, preprocess
-from megamtp.data.preprocess.jsonl import find_files, iterate_documents
-from megamtp.data.preprocess.tokenizer import train_bpe
+from megamtp.data.manifest import Manifest
+from megamtp.data.merge import merge
+from megamtp.data.preprocess import encode, inputs
+from megamtp.data.preprocess.encode import preprocess
+from megamtp.data.preprocess.train_bpe import train_bpe
 from megamtp.errors import UserError
+from tests.data.preprocessing import (
+    COMMAND,
+    ROOT,
+    SUFFIXES,
+    TEXTS,
+    check_whole,
+    contents,
+    environment,
+    jsonl,
+    processes_with,
+)
+from tests.data.test_documents import awkward_lines, write
 
-TEXTS = [
-    "def f(x):\n    return x + 1\n",
-    "",
-    "Grüße, 世界 🙂\u2028next\r\n\ttabs  and   spaces ",
-    "spelled out <|endoftext|> in the middle",
-    "x" * 300,
-    *(f"line {i}: value = {i * i}\n" for i in range(40)),
-]
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+needs_mpi = pytest.mark.skipif(not MPIRUN, reason="there is no mpirun")
 
 
 @pytest.fixture(scope="module")
@@ -41,62 +57,132 @@ def corpus(tmp_path):
     return path
 
 
-def jsonl(texts, key="text"):
-    return "".join(json.dumps({"id": 1, key: text}, ensure_ascii=False) + "\n" for text in texts).encode()
+@pytest.fixture
+def mixed(tmp_path):
+    """Files of every kind, some with awkward lines; two are malformed at some places."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(awkward_lines(0))
+    write(folder / "b.jsonl.gz", [f"b{text}" for text in TEXTS])
+    (folder / "c.jsonl").write_bytes(awkward_lines(1) + b"\noops\n" + jsonl(["a long line " * 3000, "", ""]))
+    (folder / "d.jsonl").write_bytes(b"")
+    (folder / "e.jsonl").write_bytes(b"{\n" + jsonl(TEXTS))
+    write(folder / "f.jsonl.zst", TEXTS)
+    write(folder / "g.parquet", TEXTS)
+    return folder
 
 
-def texts_of(*inputs, key="text"):
-    return [text for text, _ in iterate_documents(find_files(inputs), key)]
-
-
-@pytest.mark.parametrize("batch", [1, 7, 1024])
-def test_round_trip(tmp_path, corpus, tokenizer_path, monkeypatch, batch):
-    monkeypatch.setattr(encode, "BATCH_DOCUMENTS", batch)
-    stats = preprocess([corpus], tokenizer_path, tmp_path / "out" / "x")
+def test_round_trip(tmp_path, corpus, tokenizer_path):
+    manifest = preprocess([corpus], tokenizer_path, tmp_path / "out" / "x")
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     data = IndexedDataset(tmp_path / "out" / "x")
-    assert len(data) == len(TEXTS)
+    assert len(data) == data.n_documents == len(TEXTS) and data.dtype == np.uint16
     for document, text in zip(data, TEXTS, strict=True):
         assert document[-1] == 0 and 0 not in document[:-1]
         assert tokenizer.decode(document[:-1].tolist(), skip_special_tokens=False) == text
-    assert stats == json.loads((tmp_path / "out" / "x.json").read_text())
-    assert stats == {
-        "documents": len(TEXTS),
-        "tokens": data.n_tokens,
-        "vocab_size": 320,
-        "eod_token": "<|endoftext|>",
-        "eod_id": 0,
-        "tokenizer_sha256": hashlib.sha256(tokenizer_path.read_bytes()).hexdigest(),
-        "dtype": "uint16",
-    }
+    assert manifest == check_whole(tmp_path / "out" / "x")
+    assert (manifest.documents, manifest.tokens, manifest.vocab_size) == (len(TEXTS), data.n_tokens, 320)
+    assert (manifest.eod_token, manifest.eod_id, manifest.skipped) == ("<|endoftext|>", 0, 0)
+    assert manifest.tokenizer_sha256 == hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
-def test_truncation_and_padding_saved_in_the_tokenizer_are_dropped(tmp_path, corpus, tokenizer_path):
+def test_bytes(tmp_path, corpus):
+    preprocess([corpus], "bytes", tmp_path / "x")
+    for document, text in zip(IndexedDataset(tmp_path / "x"), TEXTS, strict=True):
+        assert document.tolist() == [*text.encode(), 256]
+
+
+def test_another_key_and_end(tmp_path, tokenizer_path):
+    (tmp_path / "x.jsonl").write_bytes(jsonl(["x", "yy"], key="content"))
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=64)
-    tokenizer.save(str(tmp_path / "cut.json"))
-    cut = preprocess([corpus], tmp_path / "cut.json", tmp_path / "a")
-    whole = preprocess([corpus], tokenizer_path, tmp_path / "b")
-    assert cut["tokens"] == whole["tokens"]
+    end = next(token for token, i in tokenizer.get_vocab().items() if i == 319)
+    manifest = preprocess([tmp_path / "x.jsonl"], tokenizer_path, tmp_path / "x", "content", end)
+    assert (manifest.eod_token, manifest.eod_id) == (end, 319)
+    assert [document[-1] for document in IndexedDataset(tmp_path / "x")] == [319, 319]
 
 
-def test_command(tmp_path, corpus, tokenizer_path, monkeypatch, capsys):
-    command = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
-    arguments = ["--input", str(corpus), "--tokenizer", str(tokenizer_path), "--output", str(tmp_path / "x")]
-    monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *arguments])
-    runpy.run_path(str(command), run_name="__main__")
-    assert json.loads(capsys.readouterr().out)["documents"] == len(IndexedDataset(tmp_path / "x"))
-    monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *arguments, "--eod", "<eos>"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(command), run_name="__main__")
-    assert stop.value.code == 2
-    assert "has no token '<eos>'" in capsys.readouterr().err
+# --- the same files
+
+
+@pytest.mark.parametrize("unit_bytes, batch_characters", [(50, 1 << 20), (3000, 1), (1 << 22, 500)])
+def test_the_same_bytes_for_every_cut_and_number_of_workers(
+    unit_bytes, batch_characters, mixed, tokenizer_path, tmp_path, monkeypatch
+):
+    preprocess([mixed], tokenizer_path, tmp_path / "whole", workers=1, on_error="skip")
+    expected = contents(tmp_path / "whole")
+    assert Manifest.read(tmp_path / "whole").skipped == 2
+    monkeypatch.setattr(inputs, "UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", batch_characters)
+    for workers in (1, 2, 3):
+        preprocess([mixed], tokenizer_path, tmp_path / "x", workers=workers, on_error="skip")
+        assert contents(tmp_path / "x") == expected, workers
+
+
+@pytest.mark.parametrize("n_shards", [2, 3])
+def test_merged_shards_are_the_whole(n_shards, mixed, tokenizer_path, tmp_path, monkeypatch):
+    preprocess([mixed], tokenizer_path, tmp_path / "whole", workers=1, on_error="skip")
+    monkeypatch.setattr(inputs, "UNIT_BYTES", 1000)
+    shards = [tmp_path / f"x{i}" for i in range(n_shards)]
+    for i, prefix in enumerate(shards):
+        preprocess([mixed], tokenizer_path, prefix, shard=(i, n_shards), workers=1, on_error="skip")
+    merge(shards, tmp_path / "x", remove=True)
+    assert contents(tmp_path / "x") == contents(tmp_path / "whole")
+    assert not any(Path(f"{prefix}{suffix}").exists() for prefix in shards for suffix in SUFFIXES)
+
+
+def run_mpi(n_ranks: int, *arguments: Path | str) -> subprocess.CompletedProcess:
+    command = [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", str(n_ranks), *COMMAND, *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+
+
+@needs_mpi
+@pytest.mark.parametrize("n_ranks", [2, 3])
+def test_mpirun_makes_the_same_files(n_ranks, mixed, tokenizer_path, tmp_path):
+    pytest.importorskip("mpi4py")
+    preprocess([mixed], tokenizer_path, tmp_path / "whole", workers=1, on_error="skip")
+    arguments = ["--input", mixed, "--tokenizer", tokenizer_path, "--output", tmp_path / "out" / "x", "--workers", 1]
+    result = run_mpi(n_ranks, *arguments, "--on-error", "skip")
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "out" / "x") == contents(tmp_path / "whole")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["x.bin", "x.idx", "x.json"]
+    assert json.loads(result.stdout)["documents"] == IndexedDataset(tmp_path / "whole").n_documents
+    assert "2 malformed documents skipped" in result.stderr
+    assert f"skipped {mixed / 'e.jsonl'}:1: not valid JSON" in result.stderr
+    assert not processes_with(str(tmp_path))
+
+
+@needs_mpi
+@pytest.mark.parametrize("what", ["malformed", "nothing"])
+def test_mpirun_refuses_with_one_line(what, tokenizer_path, tmp_path):
+    """The rank that has found it says so; the others do not wait for it."""
+    pytest.importorskip("mpi4py")
+    lines = {"malformed": jsonl(TEXTS * 10) + b"oops\n", "nothing": b"\n" * 100}[what]
+    (tmp_path / "x.jsonl").write_bytes(lines)
+    arguments = ["--input", tmp_path / "x.jsonl", "--tokenizer", tokenizer_path, "--output", tmp_path / "out" / "x"]
+    result = run_mpi(2, *arguments, "--workers", 1)
+    assert result.returncode == 2
+    expected = {"malformed": rf"rank 1: error: .*x.jsonl:{10 * len(TEXTS) + 1}: not valid", "nothing": "no documents"}
+    assert re.search(expected[what], result.stderr) and "Traceback" not in result.stderr
+    assert not any((tmp_path / "out" / f"x{suffix}").exists() for suffix in SUFFIXES)
+    assert not processes_with(str(tmp_path))
+
+
+# --- malformed documents
+
+
+def test_malformed_documents_are_counted_and_the_first_told(tmp_path, tokenizer_path, monkeypatch, capsys):
+    lines = [jsonl([f"text {i}"]) if i % 3 else b"oops %d\n" % i for i in range(150)]
+    (tmp_path / "x.jsonl").write_bytes(b"".join(lines))
+    monkeypatch.setattr(inputs, "UNIT_BYTES", 100)
+    manifest = preprocess([tmp_path / "x.jsonl"], tokenizer_path, tmp_path / "x", workers=2, on_error="skip")
+    assert (manifest.documents, manifest.skipped) == (100, 50) and check_whole(tmp_path / "x") == manifest
+    told = re.findall(r"skipped .*x.jsonl:(\d+): not valid JSON", capsys.readouterr().err)
+    assert list(map(int, told)) == list(range(1, 61, 3))
 
 
 @pytest.mark.parametrize("documents_before", [0, 3, 2000])
-def test_failure_in_the_middle_leaves_nothing(tmp_path, tokenizer_path, documents_before):
+def test_a_malformed_document_leaves_nothing(tmp_path, tokenizer_path, documents_before):
     corpus = tmp_path / "in" / "corpus.jsonl"
     corpus.parent.mkdir()
     corpus.write_bytes(jsonl(["text"] * documents_before) + b'{"text": "cut o')
@@ -106,109 +192,112 @@ def test_failure_in_the_middle_leaves_nothing(tmp_path, tokenizer_path, document
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_crash_in_the_middle_keeps_the_older_output(tmp_path, corpus, tokenizer_path, monkeypatch):
-    preprocess([corpus], tokenizer_path, tmp_path / "out" / "x")
-    before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
-
-    def crashing(files, text_key):
-        yield from [("text", 4)] * 2000
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(encode, "iterate_documents", crashing)
-    with pytest.raises(KeyboardInterrupt):
-        preprocess([corpus], tokenizer_path, tmp_path / "out" / "x")
-    assert before == {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
-
-
-def test_no_manifest_beside_an_incomplete_pair(tmp_path, corpus, tokenizer_path, monkeypatch):
-    preprocess([corpus], tokenizer_path, tmp_path / "out" / "x")
-
-    def failing(self):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(encode.IndexedDatasetWriter, "finalize", failing)
-    with pytest.raises(OSError, match="disk full"):
-        preprocess([corpus], tokenizer_path, tmp_path / "out" / "x")
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["x.bin", "x.idx"]
-
-
-def test_no_documents(tmp_path, tokenizer_path):
-    (tmp_path / "empty.jsonl").write_text("\n  \n")
-    with pytest.raises(UserError, match="no documents"):
-        preprocess([tmp_path / "empty.jsonl"], tokenizer_path, tmp_path / "x")
+@pytest.mark.parametrize("content, expected", [(b"\n  \n", "no documents;"), (b"oops\n", "no documents but 1 malf")])
+def test_no_documents(content, expected, tmp_path, tokenizer_path):
+    (tmp_path / "empty.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=expected):
+        preprocess([tmp_path / "empty.jsonl"], tokenizer_path, tmp_path / "x", on_error="skip")
     assert [file.name for file in tmp_path.iterdir()] == ["empty.jsonl"]
 
 
-@pytest.mark.parametrize("content, expected", [(None, "no such tokenizer"), ("{}", "not a tokenizer.json")])
-def test_bad_tokenizer(tmp_path, content, expected):
-    if content is not None:
-        (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError, match=expected) as error:
-        load_tokenizer(tmp_path / "tokenizer.json")
-    assert "\n" not in str(error.value)
+# --- the command
 
 
-def test_files_folders_and_globs(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "b.jsonl").write_bytes(jsonl(["b"]))
-    (tmp_path / "sub" / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(["a1", "a2"])))
-    (tmp_path / "c.jsonl").write_bytes(jsonl(["c"]))
-    (tmp_path / "notes.txt").write_bytes(jsonl(["no"]))
-    assert texts_of(tmp_path) == ["b", "c", "a1", "a2"]
-    assert texts_of(f"{tmp_path}/*.jsonl") == ["b", "c"]
-    assert texts_of(tmp_path / "c.jsonl", tmp_path / "sub") == ["c", "a1", "a2"]
-    assert texts_of(tmp_path / "notes.txt") == ["no"]
-    with pytest.raises(UserError, match="given twice"):
-        find_files([tmp_path, f"{tmp_path}/b.*"])
-    for nothing in (tmp_path / "none.jsonl", f"{tmp_path}/*.parquet"):
-        with pytest.raises(UserError, match="no such file"):
-            find_files([nothing])
+@pytest.fixture
+def command(monkeypatch):
+    """Runs tools/preprocess_data.py in this process."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: Path | str) -> None:
+        monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *map(str, arguments)])
+        runpy.run_path(str(ROOT / "tools" / "preprocess_data.py"), run_name="__main__")
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
-def test_bytes_read_add_up(tmp_path, name):
-    content = b"\n" + jsonl(TEXTS)
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    assert sum(n for _, n in iterate_documents([tmp_path / name])) == (tmp_path / name).stat().st_size
+def test_command(tmp_path, corpus, tokenizer_path, command, capsys):
+    command("--input", corpus, "--tokenizer", tokenizer_path, "--output", tmp_path / "x")
+    out, err = capsys.readouterr()
+    assert json.loads(out) == dataclasses.asdict(check_whole(tmp_path / "x"))
+    assert json.loads(out)["documents"] == len(TEXTS) and "encoding with" in err
 
 
 @pytest.mark.parametrize(
-    "line, expected",
+    "arguments, expected",
     [
-        (b"{", "not valid JSON"),
-        (b'{"text": ' + b"1" * 5000 + b"}", "not valid JSON"),
-        (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
-        (b"[1]", "found list"),
-        (b'{"content": "x"}', r"no text under key 'text' \(found keys \['content'\]\)"),
-        (b'{"text": null}', "no text under key"),
-        (rb'{"text": "\ud83d"}', "surrogate"),
+        (["--workers", "0"], "'0' is not a number of processes"),
+        (["--shard", "2/2"], "'2/2' is not I/N"),
+        (["--shard", "1"], "'1' is not I/N"),
+        (["--input", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--output", "/proc/x"], "cannot write here"),
+        (["--tokenizer", "nowhere"], "nowhere: no such tokenizer"),
+        (["--eod", "<eos>"], "has no token '<eos>'"),
     ],
 )
-def test_malformed_line(tmp_path, line, expected):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(jsonl(["good"]) + b"\n" + line + b"\n" + jsonl(["after"]))
-    with pytest.raises(UserError, match=expected) as error:
-        texts_of(path)
-    assert str(error.value).startswith(f"{path}:3: ") and "\n" not in str(error.value)
+def test_arguments_that_are_refused(arguments, expected, tmp_path, corpus, tokenizer_path, command, capsys):
+    given = {"--input": corpus, "--tokenizer": tokenizer_path, "--output": tmp_path / "x"} | dict([arguments])
+    with pytest.raises(SystemExit) as stop:
+        command(*(word for pair in given.items() for word in pair))
+    assert stop.value.code == 2 and expected in capsys.readouterr().err.splitlines()[-1]
+    assert [file.name for file in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"plain text\n", lambda data: data[:40]])
-def test_damaged_gzip(tmp_path, damage):
-    path = tmp_path / "x.jsonl.gz"
-    path.write_bytes(damage(gzip.compress(jsonl(TEXTS))))
-    with pytest.raises(UserError, match="x.jsonl.gz: cannot read"):
-        texts_of(path)
+def test_shards_by_the_command(tmp_path, corpus, tokenizer_path, command):
+    preprocess([corpus], tokenizer_path, tmp_path / "whole")
+    arguments = ["--input", corpus, "--tokenizer", tokenizer_path, "--output", tmp_path / "x"]
+    for i in range(2):
+        command(*arguments, "--shard", f"{i}/2")
+    prefixes = [tmp_path / f"x-{i:05d}-of-00002" for i in range(2)]
+    join = [sys.executable, ROOT / "tools" / "merge_data.py", "--input", *prefixes, "--output", tmp_path / "x"]
+    result = subprocess.run([*join, "--remove"], env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "x") == contents(tmp_path / "whole")
+    assert json.loads(result.stdout)["documents"] == len(TEXTS)
+    assert not any(Path(f"{prefix}.bin").exists() for prefix in prefixes)
+    again = subprocess.run(join, env=environment(), capture_output=True, text=True)
+    assert again.returncode == 2 and "cannot read the data" in again.stderr
 
 
-def test_train_bpe(tmp_path):
-    assert train_bpe(TEXTS, 300, tmp_path / "a.json") == 300
-    assert train_bpe(iter(TEXTS), 300, tmp_path / "b.json") == 300
-    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    assert len(list(tmp_path.iterdir())) == 2
-    tokenizer = Tokenizer.from_file(str(tmp_path / "a.json"))
-    assert tokenizer.token_to_id("<|endoftext|>") == 0
-    unseen = "".join(map(chr, range(0x100))) + "日本語 𝄞 \x00"
-    assert tokenizer.decode(tokenizer.encode(unseen).ids) == unseen
-    assert train_bpe(["ab"], 1000, tmp_path / "small.json") == 258
-    with pytest.raises(UserError, match="need 257"):
-        train_bpe(TEXTS, 256, tmp_path / "c.json")
+# --- progress
+
+
+@pytest.mark.parametrize("shard", [(0, 1), (1, 3)])
+def test_progress(shard, tmp_path, mixed, tokenizer_path, monkeypatch):
+    """Counts what the shard reads, from nothing to all of it; says MB/s, tokens/s and the time left."""
+    import tqdm
+
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            bars.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr(inputs, "UNIT_BYTES", 1000)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 1000)
+    preprocess([mixed], tokenizer_path, tmp_path / "x", on_error="skip", shard=shard, progress=True, workers=2)
+    sizes = sum(file.stat().st_size for file in mixed.iterdir())
+    assert bars[0].n == bars[0].total > 0
+    if shard[1] == 1:
+        assert bars[0].total == sizes
+    shown = Bar.format_meter(5 << 20, 10 << 20, 1, **{key: bars[0].format_dict[key] for key in ("unit", "unit_scale")})
+    assert re.search(r"00:01<00:01, 5.24MB/s", shown)
+    assert re.search(r"[\d.]+M tokens/s", bars[0].postfix)
+
+
+def test_the_encoder_is_named(tmp_path, corpus, tokenizer_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    preprocess([corpus], tokenizer_path, tmp_path / "x", progress=True)
+    assert "encoding with tokenizers: gigatoken is not installed" in capsys.readouterr().err
+
+
+def test_compressed_text_is_read_once_through(tmp_path, tokenizer_path):
+    """A .gz of many batches: the worker's messages are in order and none is lost."""
+    texts = [f"{i} " + "abc " * 500 for i in range(3000)]
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(jsonl(texts)))
+    manifest = preprocess([tmp_path / "x.jsonl.gz"], "bytes", tmp_path / "x", workers=2)
+    assert manifest.documents == 3000 and manifest.tokens == sum(len(text) + 1 for text in texts)
+    data = IndexedDataset(tmp_path / "x")
+    assert all(bytes(data[i][:-1].tolist()).decode() == texts[i] for i in range(0, 3000, 7))

@@ -1,9 +1,12 @@
+import json
 import warnings
 
 import numpy as np
 import pytest
 
+from megamtp.data import samples as samples_module
 from megamtp.data.samples import Samples, permute
+from megamtp.data.stream import Stream
 from megamtp.errors import UserError
 
 
@@ -155,3 +158,68 @@ def test_negative_index_and_no_overflow_warnings(write_dataset):
         samples.get(10**12)
     with pytest.raises(IndexError):
         samples.get(-1)
+
+
+def test_permute_without_tables_is_the_same(monkeypatch):
+    """Large ranges compute each round; the tables of small ones hold the same."""
+    with_tables = [permutation(size, 77).tolist() for size in (1, 2, 5, 64, 1000, 4097)]
+    monkeypatch.setattr(samples_module, "TABLE_BITS", 0)
+    assert [permutation(size, 77).tolist() for size in (1, 2, 5, 64, 1000, 4097)] == with_tables
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_batch_is_its_samples_one_by_one(write_dataset, shuffle):
+    random = np.random.default_rng(3)
+    lengths = (random.integers(0, 30, 80) * random.integers(0, 2, 80)).tolist() + [40]
+    samples = Samples(write_dataset(lengths), 7, 3, seed=4, shuffle=shuffle)
+    for indices in ([0], range(5, 200), random.integers(0, 10_000, 64), list(range(samples.samples_per_epoch))):
+        tokens, ids = samples.batch(indices)
+        assert tokens.shape == ids.shape == (len(indices), 10)
+        assert tokens.dtype == np.int64 and ids.dtype == np.int32
+        for row, index in enumerate(indices):
+            start = samples.start(int(index))
+            assert tokens[row].tolist() == list(range(start, start + 10))
+            assert ids[row].tolist() == brute_force_ids(lengths, start, start + 10)
+            assert all(np.array_equal(a, b) for a, b in zip(samples.get(index), (tokens[row], ids[row]), strict=True))
+    assert [array.shape for array in samples.batch([])] == [(0, 10), (0, 10)]
+    with pytest.raises(IndexError):
+        samples.batch([3, -1])
+
+
+def test_samples_of_a_part_of_the_documents(write_dataset):
+    lengths = [13, 0, 40, 7, 90, 1, 1, 60, 88]
+    data = write_dataset(lengths)
+    train, validation = Stream(data).split(0.3)
+    assert (train.n_documents, validation.n_documents) == (8, 1)
+    for stream, first in ((train, 0), (validation, 212)):
+        samples = Samples(stream, 5, 2, seed=0, shuffle=False)
+        tokens, ids = samples.batch(range(samples.samples_per_epoch))
+        assert tokens[:, :5].ravel().tolist() == list(range(first, first + tokens[:, :5].size))
+        assert first + stream.n_tokens - 7 - 5 < tokens[-1, 0] <= first + stream.n_tokens - 7
+        for row in range(len(tokens)):
+            assert ids[row].tolist() == brute_force_ids(lengths, tokens[row, 0], tokens[row, 0] + 7)
+        assert samples.dataset is data and samples.identity()["n_tokens"] == stream.n_tokens
+
+
+def test_identity(write_dataset):
+    data = write_dataset([100, 200])
+    first = Samples(data, 8, 3, seed=11).identity()
+    assert first["packing"] == "stream" and json.loads(json.dumps(first)) == first
+    assert set(first) == {
+        "packing",
+        "seed",
+        "shuffle",
+        "seq_len",
+        "n_future_tokens",
+        "n_tokens",
+        "samples_per_epoch",
+    } | {"sampled_tokens_crc32"}
+    others = [
+        Samples(data, 8, 3, seed=12),
+        Samples(data, 9, 3, seed=11),
+        Samples(data, 8, 2, seed=11),
+        Samples(data, 8, 3, seed=11, shuffle=False),
+        Samples(Stream(data, 1), 8, 3, seed=11),
+    ]
+    assert len({json.dumps(samples.identity()) for samples in others} - {json.dumps(first)}) == 5
+    assert Samples(Stream(data), 8, 3, seed=11).identity() == first

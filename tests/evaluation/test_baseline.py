@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from megamtp.data.blend import Blend
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.samples import Samples
 from megamtp.evaluation.baseline import SAMPLES_PER_CHUNK, bigram_validation_loss
@@ -31,6 +32,6 @@ def test_the_bigram_sees_the_pairs_of_the_consumed_samples(tmp_path, mask):
         KneserNeyBigram(VOCAB).fit([pairs(train, consumed)]).mean_nll(*pairs(validation, validation.samples_per_epoch))
     )
     loss = bigram_validation_loss(
-        train, validation, consumed_samples=consumed, vocab_size=VOCAB, mask_cross_document=mask
+        Blend([train], [(0, [1])]), validation, consumed_samples=consumed, vocab_size=VOCAB, mask_cross_document=mask
     )
     assert loss == pytest.approx(expected, rel=1e-12)

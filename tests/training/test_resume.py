@@ -88,7 +88,11 @@ def run_tampered(grid, config, what: str) -> int:
         if what == "step":
             checkpoint.manifest["step"] = 0
         if what == "data":
-            checkpoint.manifest["state"]["loader"]["consumed_samples"] = 0
+            checkpoint.manifest["state"]["loader"] |= {
+                "consumed_samples": 0,
+                "consumed_per_source": [0],
+                "stage_counts": [0],
+            }
         return checkpoint
 
     def read_tampered(self, wanted):
@@ -141,11 +145,11 @@ def run_recording(grid, config) -> list[list[int]]:
 
     read: list[int] = []
     steps: list[list[int]] = []
-    get_untouched, next_untouched = Samples.get, Loader.next_step
+    batch_untouched, next_untouched = Samples.batch, Loader.next_step
 
-    def get(self, index):
-        read.append(index)
-        return get_untouched(self, index)
+    def batch(self, indices):
+        read.extend(int(index) for index in indices)
+        return batch_untouched(self, indices)
 
     def next_step(self):
         read.clear()
@@ -153,7 +157,7 @@ def run_recording(grid, config) -> list[list[int]]:
         steps.append(list(read))
         return batches
 
-    Samples.get, Loader.next_step = get, next_step
+    Samples.batch, Loader.next_step = batch, next_step
     assert loop.train(config, grid) == 0
     return steps
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from megamtp.config import from_dict
-from megamtp.data.indexed_dataset import IndexedDatasetWriter
+from megamtp.data.dataset_writer import IndexedDatasetWriter
 from megamtp.parallel.groups import ProcessGrid
 from megamtp.training.checkpoint import Checkpoint, latest_checkpoint
 from megamtp.training.run_config import RunConfig

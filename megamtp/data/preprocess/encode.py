@@ -1,26 +1,46 @@
-"""JSONL and a tokenizer -> a ``.bin/.idx`` pair and its manifest.
+"""Text and a tokenizer -> a ``.bin/.idx`` pair and its manifest, by several processes, in order.
 
-One process: ``tokenizers`` encodes a batch on all cores by itself (``RAYON_NUM_THREADS`` limits them), so there is no
-worker pool to hang or to die. Memory is bounded by one batch (or the longest document) + 4 bytes per document.
+The input is cut into units of a few megabytes (``inputs.py``); forked workers parse and encode them
+(``workers.py``) and this process writes what comes back, in the order of the input: the same files whatever the
+number of workers. Memory is bounded by a few units per worker, or by the longest document.
 """
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
-from megamtp.data.indexed_dataset import IndexedDatasetWriter, token_dtype
-from megamtp.data.preprocess.jsonl import find_files, iterate_documents
-from megamtp.data.preprocess.tokenizer import END_OF_DOCUMENT
+import numpy as np
+
+from megamtp.data.dataset_writer import IndexedDatasetWriter
+from megamtp.data.indexed_dataset import token_dtype
+from megamtp.data.manifest import Manifest, forget_manifest
+from megamtp.data.preprocess.documents import iterate_documents, read_documents
+from megamtp.data.preprocess.encoder import Encoder, choose_encoder
+from megamtp.data.preprocess.inputs import Unit, find_files, plan_units, shard_bytes
+from megamtp.data.preprocess.workers import OrderedWorkers
+from megamtp.data.tokenizer import load_tokenizer
 from megamtp.errors import UserError
-from megamtp.files import remove, write_atomic
+from megamtp.files import write_failure
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+BATCH_CHARACTERS = 1 << 20
+DOCUMENT_CHARACTERS = 64  # that a document counts for beside its own: there may be millions of empty ones
+PROBE_CHARACTERS = 1 << 16  # of the input's first documents, on which the encoder is tried
+SKIPS_SHOWN = 20
 
-BATCH_DOCUMENTS = 1024
-BATCH_CHARACTERS = 1 << 22
+
+@dataclass
+class Encoded:
+    """Documents on their way from a worker: ``tokens`` (sum of lengths,), each document with its end."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray  # int32
+    bytes_read: int
+    skipped: int  # malformed documents among them
+    told: list[str]  # where and why, of the first of those
 
 
 def preprocess(
@@ -28,79 +48,149 @@ def preprocess(
     tokenizer_path: Path | str,
     output_prefix: Path | str,
     text_key: str = "text",
-    eod_token: str = END_OF_DOCUMENT,
+    eod_token: str | None = None,
+    *,
+    workers: int | None = None,
+    on_error: Literal["fail", "skip"] = "fail",
+    shard: tuple[int, int] = (0, 1),
     progress: bool = False,
-) -> dict[str, Any]:
+) -> Manifest:
     """Encode every document, each followed by ``eod_token``, to ``output_prefix`` + ``.bin``, ``.idx``, ``.json``.
 
-    The files replace older ones only when all is encoded; the manifest ``.json`` comes last and is what is
-    returned: documents, tokens, vocab_size (largest id + 1), eod_token, eod_id, tokenizer_sha256, dtype.
-    Raises ``UserError`` for unreadable input, a malformed line, an unfit tokenizer.
+    The files replace older ones only when all is encoded; the manifest, which is returned, comes last. ``workers``
+    defaults to the cores that this process may use. ``shard`` (i, N) takes the i-th of N equal parts of the input;
+    those, merged in order, are the whole. Raises ``UserError`` for unreadable input, an unfit tokenizer and, unless
+    ``on_error`` is "skip", a malformed document; ``RunFailure`` for a full disk and for a worker that died.
     """
-    from tqdm import tqdm
-
     files = find_files(inputs)
     tokenizer = load_tokenizer(tokenizer_path)
-    eod_id = tokenizer.token_to_id(eod_token)
-    if eod_id is None:
-        raise UserError(f"{tokenizer_path}: has no token {eod_token!r} to end documents with; name one with --eod")
-    encode = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)  # without offsets, since 0.20
-    vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps: get_vocab_size() can be smaller
-    manifest = Path(f"{output_prefix}.json")
-    writer = IndexedDatasetWriter(output_prefix, token_dtype(vocab_size))
-    n_bytes = sum(file.stat().st_size for file in files)
-    with writer, tqdm(total=n_bytes, unit="B", unit_scale=True, disable=not progress) as bar:
-        for texts, bytes_read in _batches(iterate_documents(files, text_key)):
-            for encoding in encode(texts, add_special_tokens=False):
-                writer.add_document([*encoding.ids, eod_id])
-            bar.set_postfix(tokens=f"{writer.n_tokens:,}", refresh=False)
-            bar.update(bytes_read)
-        if not writer.n_documents:
-            raise UserError(f"{', '.join(map(str, files))}: no documents; give files with text")
-        remove(manifest)  # an older one must not describe the new pair
-    stats = {
-        "documents": writer.n_documents,
-        "tokens": writer.n_tokens,
-        "vocab_size": vocab_size,
-        "eod_token": eod_token,
-        "eod_id": eod_id,
-        "tokenizer_sha256": hashlib.sha256(Path(tokenizer_path).read_bytes()).hexdigest(),
-        "dtype": str(writer.dtype),
-    }
-    write_atomic(manifest, (json.dumps(stats, indent=2) + "\n").encode())
-    return stats
-
-
-def load_tokenizer(path: Path | str) -> "Tokenizer":
-    """A ``tokenizer.json`` set up to encode whole documents as plain text. ``UserError`` when it cannot be read."""
+    eod_token, eod_id = tokenizer.eod(eod_token)
+    encoder, reason = choose_encoder(tokenizer, _first_texts(files, text_key))
+    if progress:
+        print(f"encoding with {encoder.name}{f': {reason}' if reason else ''}", file=sys.stderr)
+    dtype = token_dtype(tokenizer.vocab_size)
+    units = plan_units(files, *shard)
+    work = _Work(encoder, eod_id, dtype, text_key, on_error)
+    total = shard_bytes(files, *shard) if progress else 0
+    skipped = 0
     try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise UserError("preprocessing needs the package tokenizers; pip install tokenizers") from None
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such tokenizer; give the path of a tokenizer.json")
+        with IndexedDatasetWriter(output_prefix, dtype) as writer:
+            with OrderedWorkers(units, work, workers or _usable_cores(), Path(output_prefix).parent) as results:
+                with _Progress(total, progress) as bar:
+                    for encoded in results:
+                        writer.add_documents(encoded.tokens, encoded.lengths)
+                        skipped += encoded.skipped
+                        bar.advance(encoded)
+            if shard[1] == 1:
+                require_documents(writer.n_documents, skipped, files)
+            forget_manifest(output_prefix)  # an older one must not describe the new pair
+        manifest = Manifest.of(
+            writer.written,
+            vocab_size=tokenizer.vocab_size,
+            eod_token=eod_token,
+            eod_id=eod_id,
+            tokenizer_sha256=tokenizer.fingerprint,
+            skipped=skipped,
+        )
+        manifest.write(output_prefix)
+    except OSError as error:
+        raise write_failure(output_prefix, error) from error
+    return manifest
+
+
+def require_documents(n_documents: int, skipped: int, files: Iterable[Path | str]) -> None:
+    """``UserError`` for none."""
+    if not n_documents:
+        malformed = f" but {skipped} malformed ones" if skipped else ""
+        raise UserError(f"{', '.join(map(str, files))}: no documents{malformed}; give files with text")
+
+
+class _Work:
+    """What a worker does with a unit."""
+
+    def __init__(self, encoder: Encoder, eod_id: int, dtype: np.dtype, text_key: str, on_error: str):
+        self.encoder, self.eod_id, self.dtype, self.text_key = encoder, eod_id, dtype, text_key
+        self.skip = self._skip if on_error == "skip" else None
+        self.skipped = self.all_skipped = 0
+        self.told: list[str] = []
+
+    def __call__(self, unit: Unit) -> Iterator[Encoded]:
+        # A pool of threads in each of the forked workers would get in the others' way.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        ids: list[np.ndarray] = []
+        characters = bytes_read = bytes_told = 0
+        for text, n_bytes in read_documents(unit, self.text_key, self.skip):
+            ids.append(self.encoder.encode(text))
+            characters += len(text) + DOCUMENT_CHARACTERS
+            bytes_read += n_bytes
+            if characters >= BATCH_CHARACTERS:
+                yield self._encoded(ids, bytes_read - bytes_told)
+                ids, characters, bytes_told = [], 0, bytes_read
+                self.encoder.trim()
+        yield self._encoded(ids, unit.n_bytes - bytes_told)  # with what follows the last document
+
+    def _encoded(self, ids: list[np.ndarray], bytes_read: int) -> Encoded:
+        lengths = np.array([len(document) + 1 for document in ids], np.int64)
+        if lengths.size and lengths.max() > np.iinfo(np.int32).max:
+            raise UserError(
+                f"a document of {lengths.max() - 1} tokens: the format holds {np.iinfo(np.int32).max}; split it"
+            )
+        tokens = np.empty(lengths.sum(), self.dtype)
+        end = 0
+        for document in ids:
+            start, end = end, end + len(document) + 1
+            tokens[start : end - 1] = document
+            tokens[end - 1] = self.eod_id
+        encoded = Encoded(tokens, lengths.astype(np.int32), bytes_read, self.skipped, self.told)
+        self.skipped, self.told = 0, []
+        return encoded
+
+    def _skip(self, describe) -> None:
+        if self.all_skipped < SKIPS_SHOWN:  # to count the lines before it takes a pass over the file
+            self.told.append(describe())
+        self.skipped += 1
+        self.all_skipped += 1
+
+
+class _Progress:
+    """A bar with MB/s, tokens/s and the time left; skipped documents are told as they come."""
+
+    def __init__(self, total: int, shown: bool):
+        from tqdm import tqdm  # here: its thread must not be there yet when the workers are forked
+
+        seconds = 0.1 if sys.stderr.isatty() else 10  # a job's log need not grow by each of them
+        self._bar = tqdm(
+            total=total, unit="B", unit_scale=True, disable=not shown, dynamic_ncols=True, mininterval=seconds
+        )
+        self._tokens = self._told = 0
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def advance(self, encoded: Encoded) -> None:
+        self._tokens += len(encoded.tokens)
+        for where in encoded.told[: SKIPS_SHOWN - self._told]:
+            self._bar.write(f"skipped {where}", file=sys.stderr)
+            self._told += 1
+        if not self._bar.disable:
+            seconds = self._bar.format_dict["elapsed"]
+            self._bar.set_postfix_str(f"{self._tokens / max(seconds, 1e-3) / 1e6:.1f}M tokens/s", refresh=False)
+        self._bar.update(encoded.bytes_read)
+
+
+def _first_texts(files: list[Path], text_key: str) -> list[str]:
+    """The beginning of the first documents that can be read; what is malformed is found later."""
+    texts = []
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{path}: not a tokenizer.json: {' '.join(str(error).split())}") from None
-    # Files saved after fine-tuning often cut or pad every text to one length.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    # A document that spells out "<|endoftext|>" must not end there.
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+        for text, _ in itertools.islice(iterate_documents(files[:1], text_key), 16):
+            texts.append(text[: PROBE_CHARACTERS // 16])
+    except UserError:
+        return texts
+    return texts
 
 
-def _batches(documents: Iterator[tuple[str, int]]) -> Iterator[tuple[Sequence[str], int]]:
-    """Texts in batches of bounded size, with the bytes that they took on disk."""
-    texts: list[str] = []
-    characters = bytes_read = 0
-    for text, n_bytes in documents:
-        texts.append(text)
-        characters += len(text)
-        bytes_read += n_bytes
-        if len(texts) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield texts, bytes_read
-            texts, characters, bytes_read = [], 0, 0
-    if texts:
-        yield texts, bytes_read
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none

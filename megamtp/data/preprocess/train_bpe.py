@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from megamtp.data.tokenizer import END_OF_DOCUMENT
 from megamtp.errors import UserError
 from megamtp.files import write_atomic
 
-END_OF_DOCUMENT = "<|endoftext|>"
 # The split of Llama 3: indentation stays in one piece, numbers go in groups of three digits.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

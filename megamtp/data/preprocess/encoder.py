@@ -1,0 +1,145 @@
+"""The fastest way to encode with a tokenizer that gives its ids: gigatoken where it does, its own package otherwise.
+
+gigatoken takes the same files and is some 50 times faster than tokenizers. It is a young library, so before it is
+used it must give the same ids on texts that are hard to split, on mixtures of them, on characters of all Unicode
+blocks, on the names of all special tokens, and on the first documents of the input.
+"""
+
+import json
+import os
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from megamtp.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+
+# gigatoken remembers every word that it has met; on text that never repeats itself this grows without end, by
+# doubling.
+CACHE_BYTES = 128 << 20
+EVERY_BLOCK = range(0x21, 0x2FA20, 151)  # code points that touch every block up to the last assigned letters
+MIXTURES = 200
+HARD_TEXTS = (
+    "",
+    " ",
+    "\n\n  \n\t\tx = 1\r\n\r\n   y\x0b\x0c\x85z  ",
+    "def f(self, *args, **kwargs):\n        return {'a': [1, 22, 333, 4444, 55555], \"b\": 0x1F, 'c': 1e-5}\n",
+    "It's they'll I'M we'D can’t don´t O'Neill's 'tis 's's",
+    "snake_case camelCase SCREAMING_CASE http://a.b/c?d=e&f=%20 --==>>!!...;;;",
+    "Größe naïve Ångström İstanbul ıI ﬁ ß ẞ ſ",
+    "Cafe\u0301 vs Café, a\u0300\u0301\u0302 Z\u0351\u036bA\u0343\u036aL\u0302\u0344G\u0354O",
+    "Привет, мир! Γειά σου κόσμε. שלום עולם مرحبا بالعالم",
+    "हिन्दी में परीक्षण ภาษาไทยไม่มีช่องว่าง",
+    "中文分词测试，日本語のテキスト。カタカナ 한국어 텍스트",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪 𝕳𝖊𝖑𝖑𝖔 𝄞 \U0010ffff",
+    "zero\u200bwidth \u200d\u200e\u202e\u2066 nbsp\u00a0thin\u2009ideographic\u3000line\u2028para\u2029bom\ufeff",
+    "\x00\x01\x1b[0m \x7f \ufffd\ufffe\uffff \ue000",
+    "١٢٣٤ ४५६ ⅷ ½ ² ①②③ 1234567890 3.14159",
+    "mojibake Ã©Ã¨ \\ud83d \\x80\\xff \\u0000",
+    "<|endoftext|><s></s>[INST]<unk><pad> <|im_start|>",
+    "a" * 1000 + " " * 1000 + "ab" * 300 + "\n" * 100 + "!" * 100,
+)
+
+
+class Encoder(ABC):
+    """``encode`` gives uint32 ids (length,)."""
+
+    name: str
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray: ...
+
+    def trim(self) -> None:
+        """Give back memory that has grown; called now and then."""
+        return
+
+
+def choose_encoder(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[Encoder, str | None]:
+    """The encoder for ``tokenizer`` and, where it is not the fastest kind, why. ``texts`` are tried as well."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return _Bytes(), None
+    try:
+        import gigatoken
+    except ImportError:
+        return _Plain(tokenizer), "gigatoken is not installed (pip install gigatoken, some 50 times faster)"
+    try:
+        fast = _Gigatoken(tokenizer, gigatoken)
+        for text in (*HARD_TEXTS, *_mixtures(), *_spelled_out(fast.added_tokens), *texts):
+            if fast.encode(text).tolist() != tokenizer.encode(text):
+                return _Plain(tokenizer), f"gigatoken {_version()} gives other tokens for {text[:40]!r}"
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # for a tokenizer that it does not support; a panic in Rust is no Exception
+        reason = " ".join(str(error).split())[:120]
+        return _Plain(tokenizer), f"gigatoken {_version()} does not support this tokenizer ({reason})"
+    return fast, None
+
+
+class _Bytes(Encoder):
+    name = "bytes"
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
+
+
+class _Plain(Encoder):
+    def __init__(self, tokenizer: Tokenizer):
+        self._encode = tokenizer.encode
+        self.name = "sentencepiece" if isinstance(tokenizer, SentencePieceTokenizer) else "tokenizers"
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._encode(text), np.uint32)
+
+
+class _Gigatoken(Encoder):
+    def __init__(self, tokenizer: Tokenizer, gigatoken):
+        self.name = "gigatoken"
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            content = json.loads(gigatoken.Tokenizer.from_sentencepiece(tokenizer.model)._hf_json)
+        else:
+            content = json.loads(tokenizer.json) | {"truncation": None, "padding": None, "post_processor": None}
+        added = content.get("added_tokens") or []
+        self.added_tokens = [token["content"] for token in added]
+        # gigatoken always cuts at special tokens; without them it takes their names for text, as it should.
+        content["added_tokens"] = [token for token in added if not token.get("special")]
+        content = json.dumps(content, ensure_ascii=False)
+        self._load = lambda: gigatoken.Tokenizer.from_json(content).backend
+        self._backend = self._load()
+        self._start = _resident_bytes()
+
+    def encode(self, text: str) -> np.ndarray:
+        return self._backend.encode(text)
+
+    def trim(self) -> None:
+        if _resident_bytes() - self._start > CACHE_BYTES:
+            self._backend = None
+            self._backend = self._load()
+
+
+def _mixtures() -> list[str]:
+    """Pieces of the hard texts in random order, and characters of every block in front of and behind others."""
+    rng = random.Random(0)
+    starts = [(rng.choice(HARD_TEXTS), rng.randrange(1000)) for _ in range(4 * MIXTURES)]
+    pieces = [text[start % (len(text) or 1) :][: rng.randint(1, 8)] for text, start in starts]
+    mixed = ["".join(pieces[i : i + 4]) for i in range(0, len(pieces), 4)]
+    characters = [chr(code) for code in EVERY_BLOCK if not 0xD800 <= code < 0xE000]
+    return [*mixed, "".join(f"a{c}1 {c}" for c in characters)]
+
+
+def _spelled_out(names: list[str]) -> list[str]:
+    """Texts that hold what a document must not be cut at, or must: each name inside of text and of spaces."""
+    return [f"a{name}b {name}  {name}\n{name}{name.upper()}" for name in names[:1000]]
+
+
+def _resident_bytes() -> int:
+    """0 where the system does not tell (macOS): then nothing is trimmed."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("gigatoken")
