@@ -24,6 +24,7 @@ from megamtp.data.indexed_dataset import (
     IndexedDataset,
     bin_path,
     idx_path,
+    manifest_path,
 )
 from megamtp.errors import UserError
 from megamtp.files import discard, open_temporary, publish, remove, remove_leftovers, sync
@@ -70,8 +71,12 @@ class IndexedDatasetWriter:
         remove_leftovers(bin_path(prefix))
         remove_leftovers(idx_path(prefix))
         self._bin = _Hashed(open_temporary(bin_path(prefix)), CHUNK_BYTES)
-        self._lengths = _Spool("<i4", self.prefix.parent)
-        self._boundaries = _Spool("<i8", self.prefix.parent)  # sequences before the end of each document
+        try:
+            self._lengths = _Spool("<i4", self.prefix.parent)
+            self._boundaries = _Spool("<i8", self.prefix.parent)  # sequences before the end of each document
+        except OSError:
+            discard(self._bin.file)
+            raise
 
     def add_document(self, tokens: npt.ArrayLike) -> None:
         """Append one document of token ids (length,), perhaps none. ``UserError`` for ids the dtype cannot hold."""
@@ -141,7 +146,8 @@ class IndexedDatasetWriter:
             # A disk that is full takes nothing away: all is written before an older pair goes.
             sync(self._bin.file)
             sync(index.file)
-            # An older .idx must go first: beside the new .bin it would make a pair that looks complete.
+            # An older manifest and .idx must go first: beside the new .bin they would make a pair that looks complete.
+            remove(manifest_path(self.prefix))
             remove(idx_path(self.prefix))
             publish(self._bin.file, bin_path(self.prefix))
             publish(index.file, idx_path(self.prefix))

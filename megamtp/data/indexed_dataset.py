@@ -44,6 +44,11 @@ def idx_path(prefix: Path | str) -> Path:
     return Path(f"{prefix}.idx")
 
 
+def manifest_path(prefix: Path | str) -> Path:
+    """Of the description beside the pair (``manifest.py``)."""
+    return Path(f"{prefix}.json")
+
+
 class IndexedDataset:
     """Read a pair without loading it (memory-mapped); the whole index is checked first.
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megamtp.data.dataset_writer import CHUNK_BYTES, WrittenPair
-from megamtp.data.indexed_dataset import IndexedDataset, bin_path, idx_path
+from megamtp.data.indexed_dataset import IndexedDataset, bin_path, idx_path, manifest_path
 from megamtp.errors import UserError
-from megamtp.files import remove, write_atomic
+from megamtp.files import write_atomic
 
 FORMAT = "megamtp-dataset"
 VERSION = 1
@@ -119,15 +119,6 @@ class Manifest:
                 f"{prefix}: was made with another tokenizer ({self.tokenizer_sha256[:12]}...) than {name} "
                 f"({fingerprint[:12]}...); preprocess the text again, or give the tokenizer that made it"
             )
-
-
-def manifest_path(prefix: Path | str) -> Path:
-    return Path(f"{prefix}.json")
-
-
-def forget_manifest(prefix: Path | str) -> None:
-    """Remove an older manifest, before a new pair of that name is published."""
-    remove(manifest_path(prefix))
 
 
 def make_manifest(dataset: IndexedDataset, **source: Any) -> Manifest:

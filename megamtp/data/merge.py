@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megamtp.data.dataset_writer import IndexedDatasetWriter
-from megamtp.data.indexed_dataset import IndexedDataset, bin_path, idx_path
-from megamtp.data.manifest import Manifest, forget_manifest, manifest_path
+from megamtp.data.indexed_dataset import IndexedDataset, bin_path, idx_path, manifest_path
+from megamtp.data.manifest import Manifest
 from megamtp.errors import UserError
 from megamtp.files import write_failure
 
@@ -50,8 +50,7 @@ def merge(prefixes: Sequence[Path | str], output: Path | str, progress: bool = F
             with IndexedDatasetWriter(output, datasets[0].dtype) as writer:
                 for dataset in datasets:
                     writer.add_dataset(dataset, bar.update)
-                forget_manifest(output)
-        merged = Manifest.of(writer.written, **source, skipped=sum(manifest.skipped for _, manifest in known))
+            merged = Manifest.of(writer.written, **source, skipped=sum(manifest.skipped for _, manifest in known))
         merged.write(output)
     except OSError as error:
         raise write_failure(output, error) from error

@@ -6,6 +6,7 @@ All of them encode a whole document as plain text: no token is added at its ends
 with; ``transformers`` 5 converts it, and then drops the first space of a text that begins with one.
 """
 
+import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -80,23 +81,32 @@ class HuggingFaceTokenizer(Tokenizer):
     """A ``tokenizer.json``, through the package tokenizers."""
 
     def __init__(self, path: Path, content: bytes, folder: Path | None = None):
+        self.name, self.json = str(path), content.decode("utf-8", "replace")
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        try:
+            self._ids = _ids(parse_json(self.json))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            why = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            raise UserError(f"{path}: not a tokenizer.json: {why}; give another") from None
+        self.vocab_size = max(self._ids.values(), default=-1) + 1  # ids may have gaps
+        self.default_eod = self._default_eod(folder)
+
+    @functools.cached_property
+    def tokenizer(self):
+        """A ``tokenizers.Tokenizer``, loaded when it is first needed: that takes as long as encoding 20 MB of text."""
         try:
             import tokenizers
         except ImportError:
-            raise UserError(f"{path}: needs the package tokenizers; pip install tokenizers") from None
-        self.name, self.json = str(path), content.decode("utf-8", "replace")
+            raise UserError(f"{self.name}: needs the package tokenizers; pip install tokenizers") from None
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(self.json)
+            tokenizer = tokenizers.Tokenizer.from_str(self.json)
         except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{path}: not a tokenizer.json: {' '.join(str(error).split())}") from None
+            raise UserError(f"{self.name}: not a tokenizer.json: {' '.join(str(error).split())}") from None
         # Files saved after fine-tuning often cut or pad every text to one length.
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True
-        # Ids may have gaps: get_vocab_size() can be smaller.
-        self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.fingerprint = hashlib.sha256(content).hexdigest()
-        self.default_eod = self._default_eod(folder)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def _default_eod(self, folder: Path | None) -> str | None:
         config = folder / "tokenizer_config.json" if folder else None
@@ -117,7 +127,32 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def token_to_id(self, token: str) -> int | None:
-        return self.tokenizer.token_to_id(token)
+        return self._ids.get(token)
+
+
+def parse_json(content: str) -> dict:
+    """By orjson where it is installed, ten times as fast: these are files of megabytes."""
+    try:
+        import orjson
+    except ImportError:
+        return json.loads(content)
+    return orjson.loads(content)
+
+
+def dump_json(content: dict) -> str:
+    """As ``parse_json``."""
+    try:
+        import orjson
+    except ImportError:
+        return json.dumps(content, ensure_ascii=False)
+    return orjson.dumps(content).decode()
+
+
+def _ids(content: dict) -> dict[str, int]:
+    """Token -> id, of the model's vocabulary (a list of pairs in Unigram models) and of the added tokens."""
+    vocab = content["model"]["vocab"]
+    ids = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+    return ids | {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 
 from megamtp.data.manifest import Manifest
-from megamtp.data.preprocess.encoder import HARD_TEXTS
+from megamtp.data.preprocess.encoder import HARD_TEXTS, Encoder, fast_encoder, mistrust, plain_encoder
+from megamtp.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, str(ROOT / "tools" / "preprocess_data.py")]
@@ -33,6 +34,14 @@ def python_sources() -> list[str]:
     """Some 3 MB of text: the top level of the standard library."""
     folder = Path(os.__file__).parent
     return [path.read_text(errors="replace") for path in sorted(folder.glob("*.py"))]
+
+
+def choose_encoder(tokenizer: Tokenizer, texts: list[str]) -> tuple[Encoder, str | None]:
+    """What ``preprocess`` ends up with on an input that begins with ``texts``, and why it is not the fastest."""
+    encoder, reason = fast_encoder(tokenizer)
+    if reason_to_mistrust := mistrust(encoder, tokenizer, texts):
+        return plain_encoder(tokenizer), reason_to_mistrust
+    return encoder, reason
 
 
 def jsonl(texts, key: str = "text", ensure_ascii: bool = False) -> bytes:

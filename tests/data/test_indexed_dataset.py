@@ -186,7 +186,8 @@ def test_failure_keeps_the_older_pair(prefix):
 
 @pytest.mark.parametrize("published", [0, 1])
 def test_crash_while_publishing_leaves_no_complete_pair(prefix, monkeypatch, published):
-    """Over an older pair, whose .idx must not meet the new .bin."""
+    """Over an older pair, whose .idx and manifest must not meet the new .bin."""
+    (prefix.parent / "corpus.v1.json").write_text("{}")
     renames = []
 
     def replace(source, target):

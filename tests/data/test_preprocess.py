@@ -301,3 +301,29 @@ def test_compressed_text_is_read_once_through(tmp_path, tokenizer_path):
     assert manifest.documents == 3000 and manifest.tokens == sum(len(text) + 1 for text in texts)
     data = IndexedDataset(tmp_path / "x")
     assert all(bytes(data[i][:-1].tolist()).decode() == texts[i] for i in range(0, 3000, 7))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_encoder_that_gives_other_ids_is_replaced_before_anything_is_written(
+    workers, tmp_path, corpus, tokenizer_path, monkeypatch, capsys
+):
+    """It is tried while the workers use it already: what they have made is thrown away."""
+    gigatoken = pytest.importorskip("gigatoken")
+    expected = preprocess([corpus], tokenizer_path, tmp_path / "right")
+    load = gigatoken.Tokenizer.from_json
+
+    class Reversing:
+        def __init__(self, content):
+            self.backend, self.true = self, load(content).backend
+
+        def encode(self, text):
+            return self.true.encode(text)[::-1]
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_json", Reversing)
+    capsys.readouterr()
+    manifest = preprocess([corpus], tokenizer_path, tmp_path / "x", workers=workers, progress=True)
+    first, second, *_ = (line for line in capsys.readouterr().err.splitlines() if line.startswith("encoding with"))
+    assert first == "encoding with gigatoken" and second.startswith("encoding with tokenizers: gigatoken ")
+    assert "gives other tokens for" in second
+    assert manifest == expected and contents(tmp_path / "x") == contents(tmp_path / "right")
+    assert not list(tmp_path.glob("*.tmp"))

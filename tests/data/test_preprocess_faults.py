@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("tokenizers")
 
-from megamtp.data.dataset_writer import IndexedDatasetWriter
+from megamtp.data import dataset_writer
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.merge import merge
 from megamtp.data.preprocess import encode
@@ -260,20 +260,23 @@ def test_an_older_data_set_stays_until_the_new_one_is_whole(job, small_disk, tmp
     assert contents(folder / "x") == before and len(list(folder.iterdir())) == 3
 
 
-def test_no_manifest_beside_an_incomplete_pair(job, tmp_path, monkeypatch):
-    """Replacing an older data set fails between the removal of its manifest and the new pair."""
+@pytest.mark.parametrize("function, left", [("sync", [".bin", ".idx", ".json"]), ("publish", [".bin"])])
+def test_replacing_fails(function, left, job, tmp_path, monkeypatch):
+    """Before the older data set goes: all of it stays. After: nothing looks whole."""
     (tmp_path / "old.jsonl").write_bytes(jsonl(["old"]))
     preprocess([tmp_path / "old.jsonl"], "bytes", tmp_path / "out" / "x")
 
-    def failing(self):
+    def failing(*_):
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(IndexedDatasetWriter, "finalize", failing)
+        patch.setattr(dataset_writer, function, failing)
         with pytest.raises(RunFailure, match="x: cannot write: Input/output error; mend that and run it again"):
             preprocess([job.corpus], job.tokenizer, tmp_path / "out" / "x")
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["x.bin", "x.idx"]
-    assert IndexedDataset(tmp_path / "out" / "x")[0].tolist() == [*b"old", 256]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [f"x{suffix}" for suffix in left]
+    if len(left) == 3:
+        check_whole(tmp_path / "out" / "x")
+        assert IndexedDataset(tmp_path / "out" / "x")[0].tolist() == [*b"old", 256]
 
 
 # --- bad input: exit code 2, one line, nothing left
@@ -299,13 +302,13 @@ def test_damaged_input_ends_the_command(name, tmp_path):
 def test_a_file_that_vanishes(name, on_error, job, tmp_path, monkeypatch):
     """It is no malformed document: what is missing is never skipped."""
     path = write(tmp_path / name, TEXTS)
-    choose = encode.choose_encoder
+    choose = encode.fast_encoder
 
     def choose_and_remove(*arguments):
         path.unlink()
         return choose(*arguments)
 
-    monkeypatch.setattr(encode, "choose_encoder", choose_and_remove)
+    monkeypatch.setattr(encode, "fast_encoder", choose_and_remove)
     with pytest.raises(UserError, match=f"{name}: cannot read: .*No such file"):
         preprocess([job.corpus, path], job.tokenizer, tmp_path / "out" / "x", on_error=on_error)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())

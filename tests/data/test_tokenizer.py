@@ -10,11 +10,11 @@ import pytest
 pytest.importorskip("tokenizers")
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from megamtp.data.preprocess.encoder import EVERY_BLOCK, HARD_TEXTS, choose_encoder
+from megamtp.data.preprocess.encoder import EVERY_BLOCK, HARD_TEXTS
 from megamtp.data.preprocess.train_bpe import train_bpe
 from megamtp.data.tokenizer import fingerprint, load_tokenizer
 from megamtp.errors import UserError
-from tests.data.preprocessing import TEXTS, python_sources, save_gpt2, save_llama, training_texts
+from tests.data.preprocessing import TEXTS, choose_encoder, python_sources, save_gpt2, save_llama, training_texts
 
 EOS = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}  # as transformers has long written it
 KINDS = ("ours.json", "gpt2.json", "llama.json", "gpt2", "saved", "flags.json")

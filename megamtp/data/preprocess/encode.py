@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,12 +18,12 @@ import numpy as np
 
 from megamtp.data.dataset_writer import IndexedDatasetWriter
 from megamtp.data.indexed_dataset import token_dtype
-from megamtp.data.manifest import Manifest, forget_manifest
+from megamtp.data.manifest import Manifest
 from megamtp.data.preprocess.documents import iterate_documents, read_documents
-from megamtp.data.preprocess.encoder import Encoder, choose_encoder
+from megamtp.data.preprocess.encoder import Encoder, fast_encoder, mistrust, plain_encoder
 from megamtp.data.preprocess.inputs import Unit, find_files, plan_units, shard_bytes
 from megamtp.data.preprocess.workers import OrderedWorkers
-from megamtp.data.tokenizer import load_tokenizer
+from megamtp.data.tokenizer import Tokenizer, load_tokenizer
 from megamtp.errors import UserError
 from megamtp.files import write_failure
 
@@ -64,38 +65,82 @@ def preprocess(
     """
     files = find_files(inputs)
     tokenizer = load_tokenizer(tokenizer_path)
-    eod_token, eod_id = tokenizer.eod(eod_token)
-    encoder, reason = choose_encoder(tokenizer, _first_texts(files, text_key))
+    tokenizer.eod(eod_token)
+    run = partial(_encode_all, files, tokenizer, output_prefix, text_key, eod_token, workers, on_error, shard, progress)
+    encoder, reason = fast_encoder(tokenizer)
+    try:
+        try:
+            return run(encoder, reason)
+        except _Mistrusted as mistrusted:
+            return run(plain_encoder(tokenizer), str(mistrusted))
+    except OSError as error:
+        raise write_failure(output_prefix, error) from error
+
+
+class _Mistrusted(Exception):
+    """Why the encoder is not to be used."""
+
+
+def _encode_all(
+    files: list[Path],
+    tokenizer: Tokenizer,
+    prefix: Path | str,
+    text_key: str,
+    eod_token: str | None,
+    n_workers: int | None,
+    on_error: str,
+    shard: tuple[int, int],
+    progress: bool,
+    encoder: Encoder,
+    reason: str | None,
+) -> Manifest:
+    """``preprocess`` with a given encoder. ``_Mistrusted`` where that turns out to be wrong; nothing is left then."""
     if progress:
         print(f"encoding with {encoder.name}{f': {reason}' if reason else ''}", file=sys.stderr)
-    dtype = token_dtype(tokenizer.vocab_size)
-    units = plan_units(files, *shard)
+    eod_token, eod_id = tokenizer.eod(eod_token)
+    dtype, folder = token_dtype(tokenizer.vocab_size), Path(prefix).parent
     work = _Work(encoder, eod_id, dtype, text_key, on_error)
     total = shard_bytes(files, *shard) if progress else 0
     skipped = 0
-    try:
-        with IndexedDatasetWriter(output_prefix, dtype) as writer:
-            with OrderedWorkers(units, work, workers or _usable_cores(), Path(output_prefix).parent) as results:
-                with _Progress(total, progress) as bar:
-                    for encoded in results:
-                        writer.add_documents(encoded.tokens, encoded.lengths)
-                        skipped += encoded.skipped
-                        bar.advance(encoded)
-            if shard[1] == 1:
-                require_documents(writer.n_documents, skipped, files)
-            forget_manifest(output_prefix)  # an older one must not describe the new pair
-        manifest = Manifest.of(
-            writer.written,
-            vocab_size=tokenizer.vocab_size,
-            eod_token=eod_token,
-            eod_id=eod_id,
-            tokenizer_sha256=tokenizer.fingerprint,
-            skipped=skipped,
-        )
-        manifest.write(output_prefix)
-    except OSError as error:
-        raise write_failure(output_prefix, error) from error
+    with IndexedDatasetWriter(prefix, dtype) as writer:
+        with (
+            OrderedWorkers(plan_units(files, *shard), work, n_workers or _usable_cores(), folder) as results,
+            # While the workers begin, one more process looks whether they may: it has to load the other library.
+            OrderedWorkers([files], partial(_try_out, encoder, tokenizer, text_key), 1, folder) as verdict,
+            _Progress(total, progress) as bar,
+        ):
+            undecided = True
+            for encoded in results:
+                writer.add_documents(encoded.tokens, encoded.lengths)
+                skipped += encoded.skipped
+                bar.advance(encoded)
+                if undecided and verdict.ready():
+                    _require_trust(verdict)
+                    undecided = False
+            if undecided:
+                _require_trust(verdict)
+        if shard[1] == 1:
+            require_documents(writer.n_documents, skipped, files)
+    manifest = Manifest.of(
+        writer.written,
+        vocab_size=tokenizer.vocab_size,
+        eod_token=eod_token,
+        eod_id=eod_id,
+        tokenizer_sha256=tokenizer.fingerprint,
+        skipped=skipped,
+    )
+    manifest.write(prefix)
     return manifest
+
+
+def _try_out(encoder: Encoder, tokenizer: Tokenizer, text_key: str, files: list[Path]) -> Iterator[str | None]:
+    yield mistrust(encoder, tokenizer, _first_texts(files, text_key))
+
+
+def _require_trust(verdict: OrderedWorkers) -> None:
+    for reason in verdict:
+        if reason:
+            raise _Mistrusted(reason)
 
 
 def require_documents(n_documents: int, skipped: int, files: Iterable[Path | str]) -> None:

@@ -5,7 +5,6 @@ used it must give the same ids on texts that are hard to split, on mixtures of t
 blocks, on the names of all special tokens, and on the first documents of the input.
 """
 
-import json
 import os
 import random
 from abc import ABC, abstractmethod
@@ -14,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megamtp.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from megamtp.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, dump_json, parse_json
+from megamtp.errors import UserError
 
 # gigatoken remembers every word that it has met; on text that never repeats itself this grows without end, by
 # doubling.
@@ -56,25 +56,40 @@ class Encoder(ABC):
         return
 
 
-def choose_encoder(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[Encoder, str | None]:
-    """The encoder for ``tokenizer`` and, where it is not the fastest kind, why. ``texts`` are tried as well."""
+def fast_encoder(tokenizer: Tokenizer) -> tuple[Encoder, str | None]:
+    """The fastest encoder for ``tokenizer``, and why it is no faster one. ``mistrust`` has to try it."""
     if isinstance(tokenizer, ByteTokenizer):
         return _Bytes(), None
     try:
         import gigatoken
     except ImportError:
-        return _Plain(tokenizer), "gigatoken is not installed (pip install gigatoken, some 50 times faster)"
+        return plain_encoder(tokenizer), "gigatoken is not installed (pip install gigatoken, some 30 times faster)"
     try:
-        fast = _Gigatoken(tokenizer, gigatoken)
-        for text in (*HARD_TEXTS, *_mixtures(), *_spelled_out(fast.added_tokens), *texts):
-            if fast.encode(text).tolist() != tokenizer.encode(text):
-                return _Plain(tokenizer), f"gigatoken {_version()} gives other tokens for {text[:40]!r}"
+        return _Gigatoken(tokenizer, gigatoken), None
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # for a tokenizer that it does not support; a panic in Rust is no Exception
-        reason = " ".join(str(error).split())[:120]
-        return _Plain(tokenizer), f"gigatoken {_version()} does not support this tokenizer ({reason})"
-    return fast, None
+        return plain_encoder(tokenizer), _unsupported(error)
+
+
+def plain_encoder(tokenizer: Tokenizer) -> Encoder:
+    """The encoder of the tokenizer's own package. ``UserError`` where that cannot load it."""
+    return _Plain(tokenizer)
+
+
+def mistrust(encoder: Encoder, tokenizer: Tokenizer, texts: Iterable[str]) -> str | None:
+    """Why ``encoder`` is not to be used: it gives other ids than the tokenizer's own package, here or on ``texts``."""
+    if not isinstance(encoder, _Gigatoken):
+        return None
+    try:
+        for text in (*HARD_TEXTS, *_mixtures(), *_spelled_out(encoder.added_tokens), *texts):
+            if encoder.encode(text).tolist() != tokenizer.encode(text):
+                return f"gigatoken {_version()} gives other tokens for {text[:40]!r}"
+    except (KeyboardInterrupt, SystemExit, UserError):
+        raise
+    except BaseException as error:  # as above
+        return _unsupported(error)
+    return None
 
 
 class _Bytes(Encoder):
@@ -87,6 +102,7 @@ class _Bytes(Encoder):
 class _Plain(Encoder):
     def __init__(self, tokenizer: Tokenizer):
         self._encode = tokenizer.encode
+        tokenizer.encode("")  # loads it, before the workers are forked
         self.name = "sentencepiece" if isinstance(tokenizer, SentencePieceTokenizer) else "tokenizers"
 
     def encode(self, text: str) -> np.ndarray:
@@ -97,14 +113,14 @@ class _Gigatoken(Encoder):
     def __init__(self, tokenizer: Tokenizer, gigatoken):
         self.name = "gigatoken"
         if isinstance(tokenizer, SentencePieceTokenizer):
-            content = json.loads(gigatoken.Tokenizer.from_sentencepiece(tokenizer.model)._hf_json)
+            content = parse_json(gigatoken.Tokenizer.from_sentencepiece(tokenizer.model)._hf_json)
         else:
-            content = json.loads(tokenizer.json) | {"truncation": None, "padding": None, "post_processor": None}
+            content = parse_json(tokenizer.json) | {"truncation": None, "padding": None, "post_processor": None}
         added = content.get("added_tokens") or []
         self.added_tokens = [token["content"] for token in added]
         # gigatoken always cuts at special tokens; without them it takes their names for text, as it should.
         content["added_tokens"] = [token for token in added if not token.get("special")]
-        content = json.dumps(content, ensure_ascii=False)
+        content = dump_json(content)
         self._load = lambda: gigatoken.Tokenizer.from_json(content).backend
         self._backend = self._load()
         self._start = _resident_bytes()
@@ -137,6 +153,10 @@ def _resident_bytes() -> int:
     """0 where the system does not tell (macOS): then nothing is trimmed."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def _unsupported(error: BaseException) -> str:
+    return f"gigatoken {_version()} does not support this tokenizer ({' '.join(str(error).split())[:120]})"
 
 
 def _version() -> str:

@@ -73,6 +73,10 @@ class OrderedWorkers(Generic[Unit, Message]):
             worker.process.join()
         self._waiting.close()
 
+    def ready(self) -> bool:
+        """Whether iterating would yield something at once, or raise."""
+        return any(worker.connection.poll() for worker in self._workers)
+
     def __iter__(self) -> Iterator[Message]:
         turn, finished = 0, set()
         while busy := {worker.connection: worker for worker in self._workers if worker.units}:
