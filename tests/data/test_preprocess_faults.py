@@ -241,7 +241,7 @@ def test_a_full_disk_ends_the_command_with_a_line(small_disk, tmp_path):
 
 def test_a_full_disk_while_merging(small_disk, tmp_path):
     for i in range(2):
-        with IndexedDatasetWriter(tmp_path / f"{i}", "uint16") as writer:
+        with dataset_writer.IndexedDatasetWriter(tmp_path / f"{i}", "uint16") as writer:
             writer.add_document(range(60_000))
     folder = small_disk(150_000)
     with pytest.raises(RunFailure, match="No space left on device"):
