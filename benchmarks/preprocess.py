@@ -41,7 +41,7 @@ gigatoken.Tokenizer(sys.argv[1]).encode_files(gigatoken.JsonlFileSource([sys.arg
 """
 # Both of these print the seconds that the call took.
 GIGATOKEN_CALL = """
-import json, sys, time, gigatoken
+import json, sys, time, awkward, gigatoken  # encode_batch would import awkward
 texts = [json.loads(line)["text"] for line in open(sys.argv[2], encoding="utf-8")]
 tokenizer = gigatoken.Tokenizer(sys.argv[1])
 started = time.perf_counter()

@@ -138,7 +138,7 @@ def worker(pipe, size: Size, layout: Layout, variables: dict[str, str]) -> None:
     os.environ.update(variables)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)  # DeepSpeed prints
-    from megamtp.training.host_memory import keep_freed_memory
+    from megamtp.host_memory import keep_freed_memory
 
     keep_freed_memory()
     torch.set_num_threads(layout.threads)
@@ -161,7 +161,7 @@ def process_context():
     """One server imports torch and deepspeed once, and every rank is forked from it."""
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megamtp.engine.launch", "megamtp.training.host_memory", "deepspeed"])
+    context.set_forkserver_preload(["megamtp.engine.launch", "megamtp.host_memory", "deepspeed"])
     return context
 
 

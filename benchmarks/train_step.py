@@ -130,7 +130,7 @@ def worker(options: argparse.Namespace) -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401 - both sides start from the same imports
 
     if options.allocator == "kept":
-        from megamtp.training.host_memory import keep_freed_memory
+        from megamtp.host_memory import keep_freed_memory
 
         keep_freed_memory()
     if options.side.startswith("ours"):

@@ -94,7 +94,7 @@ def test_the_shipped_config_is_the_size_that_it_says():
 
 
 def test_the_allocator_setting_says_what_it_did():
-    code = "from megamtp.training.host_memory import keep_freed_memory as keep; print(keep())"
+    code = "from megamtp.host_memory import keep_freed_memory as keep; print(keep())"
     line = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True
     ).stdout

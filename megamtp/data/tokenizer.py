@@ -26,6 +26,7 @@ class Tokenizer(ABC):
     vocab_size: int
     fingerprint: str
     default_eod: str | None = None  # the token that ends documents unless another is asked for
+    added_tokens: Sequence[str] = ()  # that text may spell out: special tokens and those added to the vocabulary
 
     @abstractmethod
     def encode(self, text: str) -> list[int]: ...
@@ -84,7 +85,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.name, self.json = str(path), content.decode("utf-8", "replace")
         self.fingerprint = hashlib.sha256(content).hexdigest()
         try:
-            self._ids = _ids(parse_json(self.json))
+            parsed = parse_json(self.json)
+            self.added_tokens = [token["content"] for token in parsed.get("added_tokens") or ()]
+            self._ids = _ids(parsed)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             why = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             raise UserError(f"{path}: not a tokenizer.json: {why}; give another") from None
@@ -171,6 +174,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self.processor.vocab_size()
         self.fingerprint = hashlib.sha256(self.model).hexdigest()
         self.default_eod = self.processor.id_to_piece(eos) if (eos := self.processor.eos_id()) >= 0 else None
+        special = filter(self._is_special, range(self.vocab_size))
+        self.added_tokens = [self.processor.id_to_piece(i) for i in special]
+
+    def _is_special(self, token_id: int) -> bool:
+        return self.processor.is_control(token_id) or self.processor.is_unknown(token_id)
 
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(text, out_type=int)

@@ -7,11 +7,11 @@ import torch
 
 from megamtp.config import dump
 from megamtp.data.datasets import describe_data
+from megamtp.host_memory import keep_freed_memory
 from megamtp.model.cost import parameters, train_flops_per_token
 from megamtp.model.model import MultiTokenModel
 from megamtp.parallel.environment import launch_environment
 from megamtp.planner.stages import Stage, plan_stages, stage_table
-from megamtp.training.host_memory import keep_freed_memory
 from megamtp.training.loop import open_run_data, train
 from megamtp.training.run_config import RunConfig
 

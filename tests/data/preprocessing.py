@@ -5,12 +5,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
 
 from megamtp.data.manifest import Manifest
-from megamtp.data.preprocess.encoder import HARD_TEXTS, Encoder, fast_encoder, mistrust, plain_encoder
+from megamtp.data.preprocess.encoder import HARD_TEXTS, Encoder, EncoderTrial, Mistrusted, fast_encoder, plain_encoder
 from megamtp.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -38,9 +39,12 @@ def python_sources() -> list[str]:
 
 def choose_encoder(tokenizer: Tokenizer, texts: list[str]) -> tuple[Encoder, str | None]:
     """What ``preprocess`` ends up with on an input that begins with ``texts``, and why it is not the fastest."""
-    encoder, reason = fast_encoder(tokenizer)
-    if reason_to_mistrust := mistrust(encoder, tokenizer, texts):
-        return plain_encoder(tokenizer), reason_to_mistrust
+    with EncoderTrial(tokenizer, texts, Path(tempfile.gettempdir())) as trial:
+        encoder, reason = fast_encoder(tokenizer)
+        try:
+            trial.require_trust(encoder, wait=True)
+        except Mistrusted as mistrusted:
+            return plain_encoder(tokenizer), str(mistrusted)
     return encoder, reason
 
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +13,8 @@ from megamtp.data.preprocess.inputs import Unit, open_parquet, plan_units
 from megamtp.errors import UserError
 
 ROWS = 64  # of a Parquet file that are in memory at a time
+
+BUFFER_BYTES = 1 << 20  # lines are often longer than Python's own 8 KiB
 
 Skip = Callable[[Callable[[], str]], None]  # gets what describes a malformed document, and may raise instead
 
@@ -52,13 +55,16 @@ def _lines(unit: Unit) -> Iterator[tuple[bytes, int, Callable[[], str]]]:
     """(line, position on disk behind it, what tells file:line). As bytes: str would also split at U+2028."""
     file = unit.file
     try:
-        with open(file, "rb") as raw:
+        with open(file, "rb", buffering=BUFFER_BYTES) as raw:
             if file.suffix in (".gz", ".zst"):
-                for number, line in enumerate(_decompressed(raw, file), start=1):
+                lines = BufferedReader(_decompressed(raw, file), BUFFER_BYTES)
+                for number, line in enumerate(lines, start=1):
                     yield line, raw.tell(), lambda number=number: f"{file}:{number}"
             elif _seek_line(raw, unit):
-                while (start := raw.tell()) < unit.stop and (line := raw.readline()):
-                    yield line, start + len(line), lambda start=start: f"{file}:{_line_number(file, start)}"
+                end = raw.tell()
+                while end < unit.stop and (line := raw.readline()):
+                    start, end = end, end + len(line)
+                    yield line, end, lambda start=start: f"{file}:{_line_number(file, start)}"
     except _decompression_errors() as error:
         raise UserError(f"{file}: cannot read: {error}; copy the file again") from None
 

@@ -20,12 +20,13 @@ from megamtp.data.dataset_writer import IndexedDatasetWriter
 from megamtp.data.indexed_dataset import token_dtype
 from megamtp.data.manifest import Manifest
 from megamtp.data.preprocess.documents import iterate_documents, read_documents
-from megamtp.data.preprocess.encoder import Encoder, fast_encoder, mistrust, plain_encoder
+from megamtp.data.preprocess.encoder import Encoder, EncoderTrial, Mistrusted, fast_encoder, plain_encoder
 from megamtp.data.preprocess.inputs import Unit, find_files, plan_units, shard_bytes
 from megamtp.data.preprocess.workers import OrderedWorkers
 from megamtp.data.tokenizer import Tokenizer, load_tokenizer
 from megamtp.errors import UserError
 from megamtp.files import write_failure
+from megamtp.host_memory import keep_freed_memory
 
 BATCH_CHARACTERS = 1 << 20
 DOCUMENT_CHARACTERS = 64  # that a document counts for beside its own: there may be millions of empty ones
@@ -67,18 +68,15 @@ def preprocess(
     tokenizer = load_tokenizer(tokenizer_path)
     tokenizer.eod(eod_token)
     run = partial(_encode_all, files, tokenizer, output_prefix, text_key, eod_token, workers, on_error, shard, progress)
-    encoder, reason = fast_encoder(tokenizer)
     try:
-        try:
-            return run(encoder, reason)
-        except _Mistrusted as mistrusted:
-            return run(plain_encoder(tokenizer), str(mistrusted))
+        with EncoderTrial(tokenizer, _first_texts(files, text_key), Path(output_prefix).parent) as trial:
+            encoder, reason = fast_encoder(tokenizer)
+            try:
+                return run(encoder, reason, trial)
+            except Mistrusted as mistrusted:
+                return run(plain_encoder(tokenizer), str(mistrusted), trial)
     except OSError as error:
         raise write_failure(output_prefix, error) from error
-
-
-class _Mistrusted(Exception):
-    """Why the encoder is not to be used."""
 
 
 def _encode_all(
@@ -93,8 +91,9 @@ def _encode_all(
     progress: bool,
     encoder: Encoder,
     reason: str | None,
+    trial: EncoderTrial,
 ) -> Manifest:
-    """``preprocess`` with a given encoder. ``_Mistrusted`` where that turns out to be wrong; nothing is left then."""
+    """``preprocess`` with a given encoder. ``Mistrusted`` where that turns out to be wrong; nothing is left then."""
     if progress:
         print(f"encoding with {encoder.name}{f': {reason}' if reason else ''}", file=sys.stderr)
     eod_token, eod_id = tokenizer.eod(eod_token)
@@ -103,22 +102,14 @@ def _encode_all(
     total = shard_bytes(files, *shard) if progress else 0
     skipped = 0
     with IndexedDatasetWriter(prefix, dtype) as writer:
-        with (
-            OrderedWorkers(plan_units(files, *shard), work, n_workers or _usable_cores(), folder) as results,
-            # While the workers begin, one more process looks whether they may: it has to load the other library.
-            OrderedWorkers([files], partial(_try_out, encoder, tokenizer, text_key), 1, folder) as verdict,
-            _Progress(total, progress) as bar,
-        ):
-            undecided = True
-            for encoded in results:
-                writer.add_documents(encoded.tokens, encoded.lengths)
-                skipped += encoded.skipped
-                bar.advance(encoded)
-                if undecided and verdict.ready():
-                    _require_trust(verdict)
-                    undecided = False
-            if undecided:
-                _require_trust(verdict)
+        with OrderedWorkers(plan_units(files, *shard), work, n_workers or _usable_cores(), folder) as results:
+            with _Progress(total, progress) as bar:
+                for encoded in results:
+                    writer.add_documents(encoded.tokens, encoded.lengths)
+                    skipped += encoded.skipped
+                    bar.advance(encoded)
+                    trial.require_trust(encoder, wait=False)
+                trial.require_trust(encoder, wait=True)
         if shard[1] == 1:
             require_documents(writer.n_documents, skipped, files)
     manifest = Manifest.of(
@@ -131,16 +122,6 @@ def _encode_all(
     )
     manifest.write(prefix)
     return manifest
-
-
-def _try_out(encoder: Encoder, tokenizer: Tokenizer, text_key: str, files: list[Path]) -> Iterator[str | None]:
-    yield mistrust(encoder, tokenizer, _first_texts(files, text_key))
-
-
-def _require_trust(verdict: OrderedWorkers) -> None:
-    for reason in verdict:
-        if reason:
-            raise _Mistrusted(reason)
 
 
 def require_documents(n_documents: int, skipped: int, files: Iterable[Path | str]) -> None:
@@ -158,10 +139,13 @@ class _Work:
         self.skip = self._skip if on_error == "skip" else None
         self.skipped = self.all_skipped = 0
         self.told: list[str] = []
+        self.is_set_up = False
 
     def __call__(self, unit: Unit) -> Iterator[Encoded]:
-        # A pool of threads in each of the forked workers would get in the others' way.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        if not self.is_set_up:  # here, in the worker
+            keep_freed_memory()
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would get in the other workers' way
+            self.is_set_up = True
         ids: list[np.ndarray] = []
         characters = bytes_read = bytes_told = 0
         for text, n_bytes in read_documents(unit, self.text_key, self.skip):

@@ -8,13 +8,15 @@ blocks, on the names of all special tokens, and on the first documents of the in
 import os
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from megamtp.data.preprocess.workers import OrderedWorkers
 from megamtp.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, dump_json, parse_json
-from megamtp.errors import UserError
+from megamtp.host_memory import give_back_freed_memory
 
 # gigatoken remembers every word that it has met; on text that never repeats itself this grows without end, by
 # doubling.
@@ -48,16 +50,30 @@ class Encoder(ABC):
 
     name: str
 
+    def __init__(self):
+        self._start = _resident_bytes()
+
     @abstractmethod
     def encode(self, text: str) -> np.ndarray: ...
 
-    def trim(self) -> None:
-        """Give back memory that has grown; called now and then."""
+    def forget(self) -> None:
+        """Drop what is remembered of earlier texts."""
         return
+
+    def trim(self) -> None:
+        """Give back memory where it has grown; called now and then."""
+        if self._has_grown():
+            give_back_freed_memory()  # of a long document, say
+            if self._has_grown():
+                self.forget()
+                give_back_freed_memory()
+
+    def _has_grown(self) -> bool:
+        return _resident_bytes() - self._start > CACHE_BYTES
 
 
 def fast_encoder(tokenizer: Tokenizer) -> tuple[Encoder, str | None]:
-    """The fastest encoder for ``tokenizer``, and why it is no faster one. ``mistrust`` has to try it."""
+    """The fastest encoder for ``tokenizer``, and why it is no faster one; an ``EncoderTrial`` must still look at it."""
     if isinstance(tokenizer, ByteTokenizer):
         return _Bytes(), None
     try:
@@ -77,19 +93,51 @@ def plain_encoder(tokenizer: Tokenizer) -> Encoder:
     return _Plain(tokenizer)
 
 
-def mistrust(encoder: Encoder, tokenizer: Tokenizer, texts: Iterable[str]) -> str | None:
-    """Why ``encoder`` is not to be used: it gives other ids than the tokenizer's own package, here or on ``texts``."""
-    if not isinstance(encoder, _Gigatoken):
-        return None
-    try:
-        for text in (*HARD_TEXTS, *_mixtures(), *_spelled_out(encoder.added_tokens), *texts):
-            if encoder.encode(text).tolist() != tokenizer.encode(text):
-                return f"gigatoken {_version()} gives other tokens for {text[:40]!r}"
-    except (KeyboardInterrupt, SystemExit, UserError):
-        raise
-    except BaseException as error:  # as above
-        return _unsupported(error)
-    return None
+class Mistrusted(Exception):
+    """Why an encoder is not to be used."""
+
+
+class EncoderTrial:
+    """Compares an encoder with the tokenizer's own package, on texts that are hard to split and on ``texts``.
+
+    That package takes as long to load as 20 MB of text take to encode. A process of its own does it, from ``__enter__``
+    on; meanwhile the encoder can be loaded, and used.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, texts: Iterable[str], folder: Path):
+        self.texts = [*HARD_TEXTS, *_mixtures(), *_spelled_out(tokenizer.added_tokens), *texts]
+        self._reference = OrderedWorkers([self.texts], partial(_encode_each, tokenizer), 1, folder)
+        self._expected: list[list[int]] | None = None
+        self._trusted: Encoder | None = None
+
+    def __enter__(self) -> "EncoderTrial":
+        self._reference.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._reference.__exit__(*error)
+
+    def require_trust(self, encoder: Encoder, wait: bool) -> None:
+        """Raise ``Mistrusted`` where ``encoder`` gives other ids; without ``wait`` perhaps only at a later call."""
+        if encoder is self._trusted:
+            return
+        if self._expected is None:
+            if not (wait or self._reference.ready()):
+                return
+            [self._expected] = self._reference
+        try:
+            for text, ids in zip(self.texts, self._expected, strict=True):
+                if encoder.encode(text).tolist() != ids:
+                    raise Mistrusted(f"gigatoken {_version()} gives other tokens for {text[:40]!r}")
+        except (KeyboardInterrupt, SystemExit, Mistrusted):
+            raise
+        except BaseException as error:  # as above
+            raise Mistrusted(_unsupported(error)) from error
+        self._trusted = encoder
+
+
+def _encode_each(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[list[int]]]:
+    yield [tokenizer.encode(text) for text in texts]
 
 
 class _Bytes(Encoder):
@@ -103,6 +151,7 @@ class _Plain(Encoder):
     def __init__(self, tokenizer: Tokenizer):
         self._encode = tokenizer.encode
         tokenizer.encode("")  # loads it, before the workers are forked
+        super().__init__()
         self.name = "sentencepiece" if isinstance(tokenizer, SentencePieceTokenizer) else "tokenizers"
 
     def encode(self, text: str) -> np.ndarray:
@@ -117,21 +166,19 @@ class _Gigatoken(Encoder):
         else:
             content = parse_json(tokenizer.json) | {"truncation": None, "padding": None, "post_processor": None}
         added = content.get("added_tokens") or []
-        self.added_tokens = [token["content"] for token in added]
         # gigatoken always cuts at special tokens; without them it takes their names for text, as it should.
         content["added_tokens"] = [token for token in added if not token.get("special")]
         content = dump_json(content)
         self._load = lambda: gigatoken.Tokenizer.from_json(content).backend
         self._backend = self._load()
-        self._start = _resident_bytes()
+        super().__init__()
 
     def encode(self, text: str) -> np.ndarray:
         return self._backend.encode(text)
 
-    def trim(self) -> None:
-        if _resident_bytes() - self._start > CACHE_BYTES:
-            self._backend = None
-            self._backend = self._load()
+    def forget(self) -> None:
+        self._backend = None
+        self._backend = self._load()
 
 
 def _mixtures() -> list[str]:
@@ -144,7 +191,7 @@ def _mixtures() -> list[str]:
     return [*mixed, "".join(f"a{c}1 {c}" for c in characters)]
 
 
-def _spelled_out(names: list[str]) -> list[str]:
+def _spelled_out(names: Sequence[str]) -> list[str]:
     """Texts that hold what a document must not be cut at, or must: each name inside of text and of spaces."""
     return [f"a{name}b {name}  {name}\n{name}{name.upper()}" for name in names[:1000]]
 

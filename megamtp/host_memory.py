@@ -1,7 +1,8 @@
-"""glibc's allocator, set for training on a CPU.
+"""glibc's allocator, set for programs that allocate large blocks again and again.
 
 By default glibc maps every large block anew and unmaps it when it is freed, so each step's activations and
-logits page-fault again: some 30 % of a training step. Kept on the heap, freed blocks are reused as they are.
+logits page-fault again: some 30 % of a training step on a CPU, and of encoding text. Kept on the heap, freed blocks
+are reused as they are.
 """
 
 import ctypes
@@ -10,6 +11,12 @@ import sys
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
+
+
+def give_back_freed_memory() -> None:
+    """Return what is free to the system, once; nothing where there is no glibc."""
+    if sys.platform.startswith("linux") and (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        malloc_trim(0)
 
 
 def keep_freed_memory() -> str:
