@@ -1,5 +1,6 @@
 """Several data sets into one."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from megamtp.data.merge import merge
 from megamtp.data.preprocess.encode import preprocess
 from megamtp.errors import UserError
 from tests.data.preprocessing import SUFFIXES, check_whole, contents, jsonl
+from tools import merge_data
 
 
 def write(prefix: Path, documents, dtype="uint16", **source) -> Path:
@@ -105,3 +107,14 @@ def test_inputs_given_twice_and_outputs_among_them(tmp_path):
     with pytest.raises(UserError, match="is among the inputs"):
         merge([tmp_path / "a"], tmp_path / "folder" / ".." / "a")
     assert IndexedDataset(tmp_path / "a").n_tokens == 1
+
+
+def test_command_takes_what_a_glob_of_the_shell_gives(tmp_path, capsys):
+    for i in range(3):
+        write(tmp_path / f"x-0000{i}-of-00003", [[i, i]])
+    merge_data.main(
+        ["--input", *map(str, sorted(tmp_path.glob("x-*-of-00003.idx"))), "--output", str(tmp_path / "x"), "--remove"]
+    )
+    assert json.loads(capsys.readouterr().out)["documents"] == 3
+    assert [document.tolist() for document in IndexedDataset(tmp_path / "x")] == [[0, 0], [1, 1], [2, 2]]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json"]
