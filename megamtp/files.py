@@ -32,12 +32,19 @@ def open_temporary(path: Path) -> BinaryIO:
     return file
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove temporary files of ``path`` whose writer was killed: nobody holds their lock any more."""
+def remove_leftovers(path: Path) -> list[Path]:
+    """Remove temporary files of ``path`` whose writer was killed. Returns those that a living writer still locks."""
+    alive = []
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.????????.tmp"):
-        with contextlib.suppress(OSError), open(leftover, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink()
+        try:
+            with open(leftover, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+        except BlockingIOError:
+            alive.append(leftover)
+        except OSError:
+            continue  # gone meanwhile, or a file system without locks: it stays until someone removes it
+    return alive
 
 
 def sync(file: BinaryIO) -> None:

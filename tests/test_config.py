@@ -170,6 +170,7 @@ def test_wrong_values(refusal, sections, parts):
         ({"schedule": {"warmup_steps": 11}}, ["schedule.warmup_steps 11 exceeds training.steps 10"]),
         ({"data": {"train": []}}, ["data.train is an empty list"]),
         ({"data": {"train": [{"path": "x", "weight": 0}]}}, ["data.train: all weights are 0"]),
+        ({"data": {"train": [{"path": "x"}, {"path": "x"}]}}, ["data.train: ['x', 'x'] names a set twice"]),
         ({"data": {"stages": [{"from_tokens": 10**6, "weights": [1, 2]}]}}, ["2 weights for the 1 sets of data.train"]),
         ({"data": {"stages": [{"from_tokens": 10**6, "weights": [0]}]}}, ["all weights from 1000000 tokens on are 0"]),
         ({"data": {"stages": [{"from_tokens": 1, "weights": [1]}]}}, ["from_tokens must rise", "by a sample"]),

@@ -5,7 +5,9 @@ import sys
 
 import torch
 
-from megamtp.data.tokenizer import load_tokenizer
+from megamtp.data.datasets import DataConfig
+from megamtp.data.manifest import Manifest
+from megamtp.data.tokenizer import Tokenizer, load_tokenizer
 from megamtp.errors import UserError, exits_cleanly
 from megamtp.inference.generate import generate, load_run
 
@@ -33,10 +35,18 @@ def main(arguments: list[str] | None = None) -> None:
         options.max_new_tokens,
         context=run.config.data.seq_len,
         temperature=options.temperature,
-        stop_token=tokenizer.eod()[1] if tokenizer.default_eod else None,
+        stop_token=end_of_document(run.config.data, tokenizer),
         generator=torch.Generator().manual_seed(options.seed),
     )
     print(text + tokenizer.decode(new.tolist()))
+
+
+def end_of_document(data: DataConfig, tokenizer: Tokenizer) -> int | None:
+    """The token that ended documents in training, where the data is still there to tell; else the tokenizer's own."""
+    manifest = Manifest.read(data.sources[0].path)
+    if manifest and manifest.eod_id is not None:
+        return manifest.eod_id
+    return tokenizer.token_to_id(tokenizer.default_eod) if tokenizer.default_eod else None
 
 
 if __name__ == "__main__":

@@ -60,7 +60,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if environment.world_size > 1:
         shards = [shard_prefix(options.output, i, count) for i in range(count)]
-        world = mpi_world(environment, f"join what is there: tools/merge_data.py {shards[0]} ... {shards[-1]}")
+        advice = f"join what is there: tools/merge_data.py --input {shards[0]} ... --output {options.output}"
+        try:
+            world = mpi_world(environment, advice)
+        except ImportError as error:
+            raise UserError(f"mpi4py: cannot be used ({' '.join(str(error).split())}); {advice}") from None
         documents, skipped = (sum(world.allgather(n)) for n in (manifest.documents, manifest.skipped))
         require_documents(documents, skipped, options.input)
         if environment.rank:

@@ -24,6 +24,7 @@ from megamtp.data.indexed_dataset import (
     IndexedDataset,
     bin_path,
     idx_path,
+    is_manifest,
     manifest_path,
 )
 from megamtp.errors import UserError
@@ -68,8 +69,13 @@ class IndexedDatasetWriter:
         self._range = np.iinfo(self.dtype)
         self.n_tokens = self.n_sequences = self.n_documents = 0
         self._max_token = -1
-        remove_leftovers(bin_path(prefix))
+        _refuse_foreign(manifest_path(prefix))
+        if alive := remove_leftovers(bin_path(prefix)):
+            raise UserError(
+                f"{prefix}: another process is writing it ({alive[0].name}); wait, or choose another output"
+            )
         remove_leftovers(idx_path(prefix))
+        remove_leftovers(manifest_path(prefix))
         self._bin = _Hashed(open_temporary(bin_path(prefix)), CHUNK_BYTES)
         try:
             self._lengths = _Spool("<i4", self.prefix.parent)
@@ -178,6 +184,12 @@ class IndexedDatasetWriter:
             discard(self._bin.file)
             self._lengths.close()
             self._boundaries.close()
+
+
+def _refuse_foreign(manifest: Path) -> None:
+    """What has a manifest's name and is none, a tokenizer or the text itself, must not be replaced by one."""
+    if manifest.exists() and not is_manifest(manifest):
+        raise UserError(f"{manifest}: is in the way, it is no data set's manifest; move it or choose another output")
 
 
 class _Hashed:

@@ -78,6 +78,9 @@ class DataConfig:
             raise ValueError("data.train is an empty list; name a data set")
         if not any(source.weight for source in self.sources):
             raise ValueError("data.train: all weights are 0; give one set some weight")
+        paths = [source.path for source in self.sources]
+        if len(set(paths)) < len(paths):
+            raise ValueError(f"data.train: {paths} names a set twice; give it once, with its whole weight")
         before = 0
         for stage in self.stages:
             if len(stage.weights) != len(self.sources):
@@ -119,18 +122,22 @@ class Data(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Which of the checksums this process looks at: several share the reading of the data."""
+    """Which part of the data this process reads to check it, where several share that."""
 
-    rank: int = 0
-    size: int = 1
+    rank: int
+    size: int
+
+
+ALL = Share(0, 1)
 
 
 def open_data(
-    config: DataConfig, *, vocab_size: int, n_future_tokens: int, seed: int, share: Share | None = None
+    config: DataConfig, *, vocab_size: int, n_future_tokens: int, seed: int, share: Share | None = ALL
 ) -> Data:
     """Open and check all data sets. Raises ``UserError`` for whatever does not fit, naming the file.
 
-    Sizes, structure, vocabulary and tokenizer are checked in any case, checksums where ``config.verify`` asks.
+    Sizes, structure, vocabulary and tokenizer are checked in any case, checksums where ``config.verify`` asks. What
+    takes reading the tokens is done for ``share`` of them, and left to other processes where that is None.
     """
     tokenizer = fingerprint(config.tokenizer) if config.tokenizer else None
     made_with: dict[str, str] = {}  # tokenizer's fingerprint -> the data set that brought it in
@@ -139,9 +146,10 @@ def open_data(
         dataset = IndexedDataset(path)
         manifest = Manifest.read(path)
         if manifest is None:
-            _require_tokens(dataset, dataset.max_token(), vocab_size)
             if config.verify == "checksum":
                 raise UserError(f"{path}: no manifest to verify it by; make one with tools/verify_data.py")
+            if share:
+                _require_tokens(dataset, dataset.max_token(*share), vocab_size)
             return Stream(dataset)
         manifest.require_sizes(dataset)
         _require_tokens(dataset, manifest.max_token, vocab_size)
@@ -152,8 +160,9 @@ def open_data(
             if len(made_with) > 1:
                 first, second = made_with.values()
                 raise UserError(f"{second}: was made with another tokenizer than {first}; preprocess both with one")
-        if config.verify == "checksum":
-            verify(manifest, path, share or Share())
+        if config.verify == "checksum" and share:
+            for index in range(share.rank, manifest.n_checks(), share.size):
+                manifest.check(path, index)
         return Stream(dataset)
 
     def samples(stream: Stream, seed: int, shuffle: bool) -> Samples | PackedSamples:
@@ -174,16 +183,6 @@ def open_data(
     sources = [samples(stream, seed + (i << 32), shuffle=True) for i, stream in enumerate(train)]
     held_out = {name: samples(stream, seed, shuffle=False) for name, stream in validation.items()}
     return Data(Blend(sources, config.blend_stages), held_out)
-
-
-def verify(manifest: Manifest, path: str | Path, share: Share, progress: bool = False) -> None:
-    """Compare this process's share of the checksums. ``UserError`` for data that has changed."""
-    from tqdm import tqdm
-
-    total = manifest.bin_bytes + manifest.idx_bytes
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc=str(path)) as bar:
-        for index in range(share.rank, manifest.n_checks(), share.size):
-            bar.update(manifest.check(path, index))
 
 
 def describe_data(data: Data, n_samples: int) -> str:

@@ -14,7 +14,6 @@
 Format: Megatron-LM, ``megatron/core/datasets/indexed_dataset.py``.
 """
 
-import bisect
 import functools
 import os
 import struct
@@ -26,6 +25,7 @@ from megamtp.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
+MANIFEST_FORMAT = "megamtp-dataset"
 HEADER = struct.Struct("<9sQBQQ")  # "<": no padding between the fields
 DTYPE_CODES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 SCAN_ITEMS = 1 << 18  # items per chunk of a scan: they stay in the cache, and memory bounded
@@ -47,6 +47,13 @@ def idx_path(prefix: Path | str) -> Path:
 def manifest_path(prefix: Path | str) -> Path:
     """Of the description beside the pair (``manifest.py``)."""
     return Path(f"{prefix}.json")
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether an existing file begins as manifests do, or is empty."""
+    with open(path, "rb") as file:
+        beginning = file.read(256)
+    return not beginning.strip() or MANIFEST_FORMAT.encode() in beginning
 
 
 class IndexedDataset:
@@ -109,29 +116,13 @@ class IndexedDataset:
         starts = np.append(self.pointers // self.dtype.itemsize, self.n_tokens)
         return starts[self.document_indices]
 
-    def document_ids(self, start: int, stop: int) -> np.ndarray:
-        """(stop - start,) int32: the document of each token of the stream's cut, counted from 0 at ``start``.
+    def max_token(self, rank: int = 0, size: int = 1) -> int:
+        """The largest token id (-1 where there is none): scans the ``.bin``. ``UserError`` for a negative id.
 
-        Empty documents are not counted. Reads the mapped index only: a corpus of 10^9 documents costs no memory.
+        Of several processes that share the scan, process ``rank`` of ``size`` looks at every ``size``-th piece.
         """
-
-        def starts_at(document: int) -> int:
-            sequence = self.document_indices[document]
-            return self.n_tokens if sequence == len(self) else self.pointers[sequence] // self.dtype.itemsize
-
-        # Not np.searchsorted: the fields of the .idx are unaligned, and it would copy all of them on each call.
-        documents = range(self.n_documents)
-        first = bisect.bisect_right(documents, start, key=starts_at)
-        last = bisect.bisect_left(documents, stop, lo=first, key=starts_at)
-        begins = self.pointers[self.document_indices[first:last]] // self.dtype.itemsize
-        boundary = np.zeros(stop - start, dtype=np.int32)
-        boundary[begins - start] = 1
-        return np.cumsum(boundary, dtype=np.int32)
-
-    def max_token(self) -> int:
-        """The largest token id (-1 where there is none): scans the whole ``.bin``. ``UserError`` for a negative id."""
         largest = -1
-        for start in range(0, self.n_tokens, SCAN_ITEMS):
+        for start in range(rank * SCAN_ITEMS, self.n_tokens, size * SCAN_ITEMS):
             chunk = self.tokens[start : start + SCAN_ITEMS]
             if (smallest := int(chunk.min())) < 0:
                 raise UserError(f"{bin_path(self.prefix)}: token {smallest} is negative; preprocess the data again")

@@ -8,6 +8,8 @@
 Shapes: b = micro-batch, s = seq_len, n = n_future_tokens.
 """
 
+import contextlib
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +100,7 @@ class Loader:
         if workers:
             # Forked, a worker shares the memory maps and starts at once; it touches neither GPU nor process groups.
             self._read_ahead |= {"prefetch_factor": prefetch, "multiprocessing_context": "fork"}
+            self._read_ahead["worker_init_fn"] = _leave_stopping_to_the_rank
         self._cursor = self.blend.cursor()
         self._batches: Iterator[Any] | None = None
 
@@ -108,12 +111,8 @@ class Loader:
             reader = _Reader(self.blend, self._transform)
             self._batches = iter(DataLoader(reader, None, sampler=_Plan(self, ahead), **self._read_ahead))
         count = self.global_batch_size // (self.micro_batch_size * self.dp_size)
-        try:
+        with dead_workers_told():
             batches = [next(self._batches) for _ in range(count)]
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RunFailure(f"data: {' '.join(str(error).split())}; out of memory? Use fewer data.workers") from error
         self._cursor.take(self.global_batch_size)
         return batches
 
@@ -124,7 +123,12 @@ class Loader:
         return self.next_step()
 
     def close(self) -> None:
-        """End the worker processes; the next step would start others."""
+        """End the worker processes; the next step would start others.
+
+        To be called before the program ends: they do not hear a SIGTERM, by which Python would end them.
+        """
+        if self._read_ahead["num_workers"] and self._batches is not None:
+            self._batches._shutdown_workers()  # what its __del__ does, but a traceback may keep it alive
         self._batches = None
 
     @property
@@ -157,7 +161,24 @@ class Loader:
                         f"{before.get(key)}, now it is {value}; give the same data and settings, or start a new run"
                     )
         self._cursor = self.blend.cursor(state)
-        self._batches = None
+        self.close()
+
+
+@contextlib.contextmanager
+def dead_workers_told() -> Iterator[None]:
+    """``RunFailure`` where a loader's worker dies: torch tells it by an exception wherever the program just is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunFailure(f"data: {' '.join(str(error).split())}; out of memory? Use fewer data.workers") from error
+
+
+def _leave_stopping_to_the_rank(worker: int) -> None:
+    """A signal that asks the run to save and stop often goes to all of its processes; the last step needs its data."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Reader(Dataset):

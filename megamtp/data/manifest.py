@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from megamtp.data.dataset_writer import CHUNK_BYTES, WrittenPair
-from megamtp.data.indexed_dataset import IndexedDataset, bin_path, idx_path, manifest_path
+from megamtp.data.indexed_dataset import MANIFEST_FORMAT, IndexedDataset, bin_path, idx_path, is_manifest, manifest_path
 from megamtp.errors import UserError
 from megamtp.files import write_atomic
 
-FORMAT = "megamtp-dataset"
 VERSION = 1
 READ_BYTES = 1 << 22
 
@@ -58,8 +57,8 @@ class Manifest:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {error}; write it again with tools/verify_data.py") from None
         again = "write it again with tools/verify_data.py --write-manifest"
-        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-            raise UserError(f"{path}: not the manifest of a data set; {again}")
+        if not isinstance(values, dict) or values.pop("format", None) != MANIFEST_FORMAT:
+            raise UserError(f"{path}: not the manifest of a data set; move it away or name the data otherwise")
         if (version := values.pop("version", None)) != VERSION:
             raise UserError(f"{path}: version {version}, this program reads version {VERSION}; {again}")
         fields = {field.name for field in dataclasses.fields(cls)}
@@ -69,9 +68,12 @@ class Manifest:
         return cls(**values)
 
     def write(self, prefix: Path | str) -> None:
-        """Write ``PREFIX.json``, whole or not at all."""
-        values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
-        write_atomic(manifest_path(prefix), (json.dumps(values, indent=2) + "\n").encode())
+        """Write ``PREFIX.json``, whole or not at all. ``UserError`` where another kind of file has that name."""
+        path = manifest_path(prefix)
+        if path.exists() and not is_manifest(path):
+            raise UserError(f"{path}: is in the way, it is no data set's manifest; move it away")
+        values = {"format": MANIFEST_FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        write_atomic(path, (json.dumps(values, indent=2) + "\n").encode())
 
     def require_sizes(self, dataset: IndexedDataset) -> None:
         """``UserError`` where the opened pair is not the one described, as far as counts and sizes tell."""

@@ -1,5 +1,6 @@
 """Several data sets into one, their documents one after another."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from megamtp.data.manifest import Manifest
 from megamtp.errors import UserError
 from megamtp.files import write_failure
 
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})", re.DOTALL)
 SAME = ("vocab_size", "eod_token", "eod_id", "tokenizer_sha256")  # in the manifests of what is merged
 
 
@@ -23,6 +25,7 @@ def merge(prefixes: Sequence[Path | str], output: Path | str, progress: bool = F
     resolved = [Path(prefix).resolve() for prefix in prefixes]
     if len(set(resolved)) < len(resolved):
         raise UserError(f"{', '.join(map(str, prefixes))}: one is given twice; give each once")
+    _require_all_shards(prefixes)
     if Path(output).resolve() in resolved:
         raise UserError(f"{output}: is among the inputs; choose another output")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
@@ -59,3 +62,19 @@ def merge(prefixes: Sequence[Path | str], output: Path | str, progress: bool = F
             for path in (manifest_path(prefix), idx_path(prefix), bin_path(prefix)):
                 path.unlink(missing_ok=True)
     return merged
+
+
+def _require_all_shards(prefixes: Sequence[Path | str]) -> None:
+    """``UserError`` where shards by the names that preprocessing gives are missing or out of order."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for prefix in prefixes:
+        if match := SHARD.fullmatch(str(prefix)):
+            found.setdefault((match[1], int(match[3])), []).append(int(match[2]))
+    for (name, count), indices in found.items():
+        if missing := sorted(set(range(count)) - set(indices)):
+            raise UserError(
+                f"{name}-{missing[0]:05d}-of-{count:05d}: is not among the inputs ({len(missing)} of {count} are "
+                "missing); make it and merge all"
+            )
+        if indices != sorted(indices):
+            raise UserError(f"{name}: its shards are given as {indices}, the documents would change places; sort them")

@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,7 @@ T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # One Ctrl-C reaches a rank twice: from the terminal, and from torchrun, which passes it on.
 SECOND_INTERRUPT_AFTER_S = 3.0
+LONG = timedelta(hours=12)  # for ranks that read all of the data
 
 
 class StopRequest:
@@ -54,19 +56,23 @@ class StopRequest:
 
 
 @contextmanager
-def fail_together(grid: ProcessGrid, *kinds: type[Exception]) -> Iterator[None]:
+def fail_together(grid: ProcessGrid, *kinds: type[Exception], patience: timedelta | None = None) -> Iterator[None]:
     """Where the body raises one of ``kinds`` (default: ``UserError``) on one rank, all ranks raise the first kind.
 
-    Every rank enters it, and the body holds no collective. Leaving it is a barrier.
+    Every rank enters it, and the body holds no collective. Leaving it is a barrier, which waits for ``patience``
+    instead of the process group's time-out.
     """
     kinds = kinds or (UserError,)
+    group = dist.new_group(backend="gloo", timeout=patience) if patience and grid.world_size > 1 else None
     error = None
     try:
         yield
     except kinds as exception:
         error = exception
     messages: list[str | None] = [None] * grid.world_size
-    dist.all_gather_object(messages, None if error is None else str(error) or type(error).__name__)
+    dist.all_gather_object(messages, None if error is None else str(error) or type(error).__name__, group=group)
+    if group is not None:
+        dist.destroy_process_group(group)
     if error is not None:
         raise error
     for rank, message in enumerate(messages):

@@ -3,7 +3,8 @@
 import math
 import signal
 import time
-from dataclasses import asdict, replace
+from contextlib import closing, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from megamtp.config import dump
-from megamtp.data.datasets import Data, DataConfig, Share, describe_data, open_data
-from megamtp.data.loader import Batch, Loader, validation_batches, validation_rounds
+from megamtp.data.datasets import ALL, Data, DataConfig, Share, describe_data, open_data
+from megamtp.data.loader import Batch, Loader, dead_workers_told, validation_batches, validation_rounds
 from megamtp.engine.build import build_engine
 from megamtp.engine.engine import Engine, ModelInputs
 from megamtp.errors import UserError
@@ -20,13 +21,13 @@ from megamtp.files import write_atomic
 from megamtp.model.cost import train_flops_per_token
 from megamtp.parallel.groups import ProcessGrid
 from megamtp.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from megamtp.training.faults import StopRequest, fail_together, from_main
+from megamtp.training.faults import LONG, StopRequest, fail_together, from_main
 from megamtp.training.metrics import HeadMetrics, MetricsWriter, peak_memory_gib, peak_tflops, reduce_heads
 from megamtp.training.run_config import RunConfig
 from megamtp.training.schedule import learning_rate
 
 
-def open_run_data(config: RunConfig, share: Share | None = None) -> Data:
+def open_run_data(config: RunConfig, share: Share | None = ALL) -> Data:
     """The data sets of a run, checked. ``UserError`` for data that does not fit."""
     return open_data(
         config.data,
@@ -38,10 +39,9 @@ def open_run_data(config: RunConfig, share: Share | None = None) -> Data:
 
 
 def open_loader(config: RunConfig, grid: ProcessGrid) -> tuple[Loader, Data]:
-    """What this rank reads, for the ranks that read. The ranks of the first stage share the checking of checksums."""
-    if grid.pp_rank or grid.tensor.rank:
-        config = replace(config, data=replace(config.data, verify="sizes"))
-    data = open_run_data(config, Share(grid.dp_rank, grid.dp_size))
+    """What this rank reads, for the ranks that read. Those of the first stage share what takes reading all of it."""
+    checks = grid.pp_rank == grid.tensor.rank == 0
+    data = open_run_data(config, Share(grid.dp_rank, grid.dp_size) if checks else None)
     on_gpu = grid.device.type == "cuda"
     workers = config.data.workers
     loader = Loader(
@@ -114,7 +114,9 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
     Every rank calls it. Raises ``UserError`` for input that does not fit, before anything is computed.
     """
     run_dir, training = Path(config.run_dir), config.training
-    with fail_together(grid):  # a rank that is still on its way must not lose its neighbours
+    # A rank that is still on its way must not lose its neighbours; checksums and packing may take it hours.
+    is_long = config.data.verify == "checksum" or config.data.packing != "stream"
+    with fail_together(grid, UserError, OSError, patience=LONG if is_long else None):
         loader, data = open_loader(config, grid) if config.parallel.reads_data(grid.pp_rank) else (None, None)
     validation_samples = from_main(grid, lambda: {name: s.samples_per_epoch for name, s in data.validation.items()})
     latest = from_main(grid, lambda: latest_checkpoint(run_dir / "checkpoints"))
@@ -176,7 +178,8 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
 
     bar = tqdm(total=training.steps, initial=step, unit="step", disable=not grid.is_main, dynamic_ncols=True)
     stop_signal = None
-    with StopRequest() as stop, bar:
+    ending = closing(loader) if loader else nullcontext()
+    with StopRequest() as stop, bar, ending, dead_workers_told():
         while step < last_step and stop_signal is None:
             started = time.perf_counter()
             batches = loader.next_step() if loader else [None] * micro_batches
@@ -220,8 +223,6 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
                 evaluate()
             if training.checkpoint_every and step % training.checkpoint_every == 0 or at_end or stop_signal:
                 save()
-    if loader:
-        loader.close()
     if metrics:
         metrics.close()
     if stop_signal and step < training.steps:

@@ -1,5 +1,7 @@
 """From the config's data section to samples."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -46,8 +48,11 @@ def test_shares_of_a_blend_and_its_stages(sets):
     assert [later.count(source) for source in range(3)] == [0, 32, 288]
 
 
-def test_sources_of_equal_size_have_orders_of_their_own(sets):
-    train = open_(DataConfig(train=[SourceConfig(path=sets[1]), SourceConfig(path=sets[1])], seq_len=8)).train
+def test_sources_of_equal_size_have_orders_of_their_own(sets, tmp_path):
+    for ending in ("bin", "idx", "json"):
+        shutil.copy(f"{sets[1]}.{ending}", tmp_path / f"copy.{ending}")
+    sources = [SourceConfig(path=sets[1]), SourceConfig(path=str(tmp_path / "copy"))]
+    train = open_(DataConfig(train=sources, seq_len=8)).train
     count = train.sources[0].samples_per_epoch
     orders = [[source.start(i) for i in range(count)] for source in train.sources]
     assert orders[0] != orders[1]

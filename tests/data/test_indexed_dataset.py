@@ -6,6 +6,7 @@ import pytest
 from megamtp.data import indexed_dataset
 from megamtp.data.dataset_writer import IndexedDatasetWriter
 from megamtp.data.indexed_dataset import IndexedDataset, token_dtype
+from megamtp.data.stream import Stream
 from megamtp.errors import UserError
 from megamtp.files import write_atomic
 
@@ -86,7 +87,7 @@ def test_read_documents_of_several_sequences(prefix):
     data = IndexedDataset(prefix)
     assert len(data) == 4 and data.n_documents == 5
     assert list(data.document_offsets) == [0, 3, 3, 8, 8, 8]
-    assert list(data.document_ids(1, 8)) == [0, 0, 1, 1, 1, 1, 1]
+    assert Stream(data).document_ids(np.array([1]), 7).tolist() == [[0, 0, 1, 1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("documents", [[], [[]], [[], []]])
@@ -187,7 +188,7 @@ def test_failure_keeps_the_older_pair(prefix):
 @pytest.mark.parametrize("published", [0, 1])
 def test_crash_while_publishing_leaves_no_complete_pair(prefix, monkeypatch, published):
     """Over an older pair, whose .idx and manifest must not meet the new .bin."""
-    (prefix.parent / "corpus.v1.json").write_text("{}")
+    (prefix.parent / "corpus.v1.json").write_text('{"format": "megamtp-dataset"}')
     renames = []
 
     def replace(source, target):
@@ -202,6 +203,30 @@ def test_crash_while_publishing_leaves_no_complete_pair(prefix, monkeypatch, pub
         writer.add_document(range(8))
     assert renames == ["corpus.v1.bin", "corpus.v1.idx"][: published + 1]
     assert [file.name for file in prefix.parent.iterdir()] == ["corpus.v1.bin"]
+
+
+def test_two_writers_of_one_output(tmp_path):
+    with IndexedDatasetWriter(tmp_path / "x", "uint16") as writer:
+        writer.add_document([1])
+        with pytest.raises(UserError, match="x: another process is writing it .x.bin.*tmp.; wait, or choose another"):
+            IndexedDatasetWriter(tmp_path / "x", "uint16")
+        IndexedDatasetWriter(tmp_path / "x.y", "uint16").__exit__(None, None, None)
+    assert IndexedDataset(tmp_path / "x")[0].tolist() == [1]
+
+
+def test_what_has_the_name_of_the_manifest_is_not_replaced(tmp_path):
+    (tmp_path / "x.json").write_text('{"text": "megamtp"}\n' * 100)
+    with pytest.raises(UserError, match="x.json: is in the way, it is no data set's manifest"):
+        IndexedDatasetWriter(tmp_path / "x", "uint16")
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_shared_scan_looks_at_everything(write_dataset, monkeypatch):
+    monkeypatch.setattr(indexed_dataset, "SCAN_ITEMS", 7)
+    data = write_dataset([100])
+    for size in (1, 2, 3, 20):
+        found = [data.max_token(rank, size) for rank in range(size)]
+        assert max(found) == 99 and (size == 1 or len(set(found)) > 1)
 
 
 def test_unwritable_output(tmp_path):

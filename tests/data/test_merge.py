@@ -118,3 +118,14 @@ def test_command_takes_what_a_glob_of_the_shell_gives(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["documents"] == 3
     assert [document.tolist() for document in IndexedDataset(tmp_path / "x")] == [[0, 0], [1, 1], [2, 2]]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json"]
+
+
+@pytest.mark.parametrize(
+    "given, expected", [("02", "x-00001-of-00003: is not among .*1 of 3 are"), ("102", "sort them")]
+)
+def test_shards_that_are_missing_or_out_of_order(tmp_path, given, expected):
+    for i in range(3):
+        write(tmp_path / f"x-0000{i}-of-00003", [[i, i]])
+    with pytest.raises(UserError, match=expected) as error:
+        merge([tmp_path / f"x-0000{i}-of-00003" for i in given], tmp_path / "x", remove=True)
+    assert "\n" not in str(error.value) and len(list(tmp_path.iterdir())) == 9

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import time
 
 import pytest
 
@@ -56,6 +57,87 @@ def test_a_signal_ends_the_run_after_the_step_and_it_goes_on_exactly(corpus, tmp
     assert newest(tmp_path).manifest["step"] == STRIKE
     run_ranks(world_size, run_training, config)
     assert [exact(line) for line in step_lines(tmp_path)] == unbroken[world_size]
+
+
+def run_signalled_with_workers(grid, config, number: int, step: int) -> tuple[int, list[int]]:
+    """All processes of each rank get the signal, its data workers included, as from a scheduler. (code, left over)."""
+    import psutil
+
+    from megamtp.data.loader import Loader
+    from megamtp.training import loop
+
+    next_untouched, workers = Loader.next_step, []
+
+    def next_step(self):
+        batches = next_untouched(self)
+        if self.consumed_samples == step * self.global_batch_size:
+            workers.extend(psutil.Process().children())
+            for process in (*workers, psutil.Process()):
+                process.send_signal(number)
+            time.sleep(0.5)
+        return batches
+
+    Loader.next_step = next_step
+    code = loop.train(config, grid)
+    assert len(workers) == 2
+    return code, [worker.pid for worker in psutil.wait_procs(workers, timeout=10)[1]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_data_workers_leave_a_stop_to_their_rank(corpus, tmp_path, unbroken, number):
+    config = run_config(tmp_path, corpus, CHANGES | {"data.workers": 2})
+    assert run_ranks(2, run_signalled_with_workers, config, int(number), STRIKE) == [(128 + number, [])] * 2
+    assert newest(tmp_path).manifest["step"] == STRIKE
+    run_ranks(2, run_training, config)
+    assert [exact(line) for line in step_lines(tmp_path)] == unbroken[2]
+
+
+def run_failing_with_workers(grid, config) -> list[int]:
+    """An error in the middle of a step: which data workers are left when it has come out of ``train``."""
+    import psutil
+
+    from megamtp.engine.engine import Engine
+    from megamtp.training import loop
+
+    train_untouched, workers = Engine.train_step, []
+
+    def train_step(self, batches, lr):
+        workers.extend(psutil.Process().children())
+        raise ArithmeticError("in the step")
+
+    Engine.train_step = train_step
+    try:
+        loop.train(config, grid)
+    except ArithmeticError:
+        return [len(workers), *(worker.pid for worker in psutil.wait_procs(workers, timeout=10)[1])]
+    finally:
+        Engine.train_step = train_untouched
+
+
+def test_an_error_ends_the_data_workers(corpus, tmp_path):
+    assert run_rank(run_failing_with_workers, run_config(tmp_path, corpus, CHANGES | {"data.workers": 2})) == [2]
+
+
+def run_with_a_killed_worker(grid, config) -> str:
+    import psutil
+
+    from megamtp.engine.engine import Engine
+    from megamtp.errors import RunFailure
+    from megamtp.training import loop
+
+    def train_step(self, batches, lr):
+        psutil.Process().children()[0].kill()
+        time.sleep(30)  # torch tells it here
+
+    Engine.train_step = train_step
+    with pytest.raises(RunFailure) as error:
+        loop.train(config, grid)
+    return str(error.value)
+
+
+def test_a_data_worker_that_dies_between_batches_is_one_line(corpus, tmp_path):
+    message = run_rank(run_with_a_killed_worker, run_config(tmp_path, corpus, CHANGES | {"data.workers": 2}))
+    assert message.startswith("data: DataLoader worker") and "out of memory?" in message and "\n" not in message
 
 
 def test_a_signal_during_the_last_step_is_an_ordinary_end(corpus, tmp_path, unbroken):

@@ -106,7 +106,9 @@ class EncoderTrial:
 
     def __init__(self, tokenizer: Tokenizer, texts: Iterable[str], folder: Path):
         self.texts = [*HARD_TEXTS, *_mixtures(), *_spelled_out(tokenizer.added_tokens), *texts]
-        self._reference = OrderedWorkers([self.texts], partial(_encode_each, tokenizer), 1, folder)
+        self._reference = OrderedWorkers(
+            ["the trial of the encoder"], partial(_encode_each, tokenizer, self.texts), 1, folder
+        )
         self._expected: list[list[int]] | None = None
         self._trusted: Encoder | None = None
 
@@ -136,7 +138,7 @@ class EncoderTrial:
         self._trusted = encoder
 
 
-def _encode_each(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[list[int]]]:
+def _encode_each(tokenizer: Tokenizer, texts: list[str], _: str) -> Iterator[list[list[int]]]:
     yield [tokenizer.encode(text) for text in texts]
 
 

@@ -24,6 +24,9 @@ class Unit:
     def n_bytes(self) -> int:
         return self.stop - self.start
 
+    def __str__(self) -> str:
+        return f"{self.file}, byte {self.start}"
+
 
 def find_files(inputs: Iterable[Path | str]) -> list[Path]:
     """Files named by files, folders (searched for ``FOLDER_PATTERNS``) and globs.

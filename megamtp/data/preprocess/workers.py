@@ -30,7 +30,7 @@ class OrderedWorkers(Generic[Unit, Message]):
     """``work(unit)`` yields messages; iterating yields all of them in the order of ``units``, then of the messages.
 
     A context manager; leaving it ends the workers. They are forked, so ``work`` may be anything, and what it needs is
-    best loaded before. Messages of a unit whose turn has not come wait in an anonymous file in ``folder``: memory
+    best loaded before. Messages of a unit whose turn has not come wait in anonymous files in ``folder``: memory
     stays bounded, and one long unit does not stop the others. Raises the ``UserError`` of a worker, and
     ``RunFailure`` for one that died.
     """
@@ -176,7 +176,6 @@ class _Waiting:
     """Messages of later units, on disk, in anonymous files of some ``SEGMENT_BYTES``, gone as soon as they are read."""
 
     def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._segment: _Segment | None = None  # the one that is written to
         self._places: dict[int, list[tuple[_Segment, int, int]]] = defaultdict(list)
