@@ -6,6 +6,7 @@ Processes are killed at moments drawn uniformly over a run that is slow enough t
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from megamtp.data.merge import merge
 from megamtp.data.preprocess import encode
 from megamtp.data.preprocess.encode import preprocess
 from megamtp.data.preprocess.train_bpe import train_bpe
+from megamtp.data.tokenizer import HuggingFaceTokenizer
 from megamtp.errors import RunFailure, UserError
 from tests.data.preprocessing import (
     ROOT,
@@ -312,3 +314,35 @@ def test_a_file_that_vanishes(name, on_error, job, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"{name}: cannot read: .*No such file"):
         preprocess([job.corpus, path], job.tokenizer, tmp_path / "out" / "x", on_error=on_error)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_output_where_nothing_can_be_written(job, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/x.bin: cannot write here: .*; choose another output"):
+        preprocess([job.corpus], job.tokenizer, tmp_path / "file" / "x")
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "tokenizer.json"])
+def test_the_output_never_replaces_what_it_is_made_from(name, job, tmp_path):
+    for path in (job.corpus, job.tokenizer):
+        shutil.copy(path, tmp_path / path.name)
+    (tmp_path / "corpus.jsonl").rename(tmp_path / "corpus.json")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="is in the way, it is no data set's manifest"):
+        preprocess([tmp_path / "corpus.json"], tmp_path / "tokenizer.json", tmp_path / Path(name).stem)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_trial_is_killed(job, tmp_path, monkeypatch):
+    """The process that loads the reference, while the others work: the message does not hold the texts."""
+    pytest.importorskip("gigatoken")
+    parent = os.getpid()
+
+    def die(self, text):
+        assert os.getpid() != parent
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(HuggingFaceTokenizer, "encode", die)
+    with pytest.raises(RunFailure, match="was killed by SIGKILL at the trial of the encoder; ") as error:
+        preprocess([job.corpus], job.tokenizer, tmp_path / "out" / "x")
+    assert len(str(error.value)) < 200 and not list((tmp_path / "out").iterdir())
