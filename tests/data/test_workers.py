@@ -151,7 +151,8 @@ def test_a_worker_that_leaves(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_while_workers_start(number, tmp_path, monkeypatch, capfd):
     """Between two forks: no worker is left, and none says a word."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Set here: a shell starts what runs in its background with SIGINT ignored.
+    before = signal.signal(number, signal.default_int_handler)
     start = OrderedWorkers._start_worker
 
     def stopped(self):
@@ -163,7 +164,7 @@ def test_a_stop_while_workers_start(number, tmp_path, monkeypatch, capfd):
         with pytest.raises(KeyboardInterrupt):
             results(range(10), uneven, 2, tmp_path)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
     assert capfd.readouterr().err == ""
 
 
