@@ -4,30 +4,14 @@ Rotary pairs are halves here as there, so a weight moves under another name and 
 imports transformers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from megamtp.convert.formats import LLAMA, VOCABULARY_TABLES, extra_head, padded_shape
 from megamtp.model.transformer import ModelConfig
-
-# Logical name -> transformers' name. {block} is ``layers.{i}`` or ``heads.{k}``, {i} the layer that it becomes.
-LLAMA_NAMES = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "{block}.attention_norm.weight": "model.layers.{i}.input_layernorm.weight",
-    "{block}.attention.wq.weight": "model.layers.{i}.self_attn.q_proj.weight",
-    "{block}.attention.wk.weight": "model.layers.{i}.self_attn.k_proj.weight",
-    "{block}.attention.wv.weight": "model.layers.{i}.self_attn.v_proj.weight",
-    "{block}.attention.wo.weight": "model.layers.{i}.self_attn.o_proj.weight",
-    "{block}.ffn_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
-    "{block}.feed_forward.w1.weight": "model.layers.{i}.mlp.gate_proj.weight",
-    "{block}.feed_forward.w2.weight": "model.layers.{i}.mlp.down_proj.weight",
-    "{block}.feed_forward.w3.weight": "model.layers.{i}.mlp.up_proj.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-VOCABULARY_TABLES = ("tok_embeddings.weight", "output.weight")  # their rows are padded to padded_vocab_size
 
 
 def to_llama_state_dict(parameters: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -39,10 +23,10 @@ def to_llama_state_dict(parameters: Mapping[str, Tensor], config: ModelConfig) -
     whose shape is not the config's.
     """
     state = {}
-    for name, llama_name in _names(config):
+    for name, llama_name in _names(config).items():
         if name not in parameters:
             raise KeyError(f"parameter {name} is missing")
-        _check_shape(name, parameters[name], _shape(name, config))
+        _check_shape(name, parameters[name], padded_shape(name, config))
         state[llama_name] = parameters[name][: config.vocab_size] if name in VOCABULARY_TABLES else parameters[name]
     return state
 
@@ -56,7 +40,7 @@ def from_llama_state_dict(state: Mapping[str, Tensor], config: ModelConfig) -> d
     """
     if config.n_future_tokens != 1:
         raise ValueError(f"a Llama has one head; n_future_tokens is {config.n_future_tokens}")
-    names = dict(_names(config))
+    names = _names(config)
     missing, unknown = sorted(set(names.values()) - set(state)), sorted(set(state) - set(names.values()))
     if missing or unknown:
         raise ValueError(
@@ -65,7 +49,7 @@ def from_llama_state_dict(state: Mapping[str, Tensor], config: ModelConfig) -> d
         )
     parameters = {}
     for name, llama_name in names.items():
-        tensor, shape = state[llama_name], _shape(name, config)
+        tensor, shape = state[llama_name], padded_shape(name, config)
         if name in VOCABULARY_TABLES:
             _check_shape(llama_name, tensor, (config.vocab_size, config.dim))
             tensor = F.pad(tensor, (0, 0, 0, shape[0] - config.vocab_size))
@@ -98,23 +82,9 @@ def llama_config_dict(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _names(config: ModelConfig) -> Iterator[tuple[str, str]]:
-    """(logical name, transformers' name) of every parameter of trunk + head 1."""
-    blocks = [*(f"layers.{i}" for i in range(config.n_trunk_layers)), "heads.0"]
-    for name, llama_name in LLAMA_NAMES.items():
-        if "{block}" not in name:
-            yield name, llama_name
-            continue
-        for i, block in enumerate(blocks):
-            yield name.format(block=block), llama_name.format(i=i)
-
-
-def _shape(name: str, config: ModelConfig) -> tuple[int, ...]:
-    d, f = config.dim, config.hidden_dim
-    table = (config.padded_vocab_size, d)
-    shapes = {"tok_embeddings": table, "output": table, "wq": (d, d), "wo": (d, d), "w2": (d, f)}
-    shapes |= dict.fromkeys(("wk", "wv"), (config.kv_heads * config.head_dim, d)) | dict.fromkeys(("w1", "w3"), (f, d))
-    return shapes.get(name.split(".")[-2], (d,))
+def _names(config: ModelConfig) -> dict[str, str]:
+    """Logical name -> transformers' name of every parameter of trunk + head 1."""
+    return {name: theirs for name, theirs in LLAMA.names(config).items() if not extra_head(name)}
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

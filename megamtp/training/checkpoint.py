@@ -12,7 +12,7 @@ which gets its name when all are synced: a checkpoint is complete or it is not t
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megamtp.engine.engine import Engine
-from megamtp.engine.fragments import Fragment, fragments, fragments_changed, optimizer_steps
+from megamtp.engine.fragments import MOMENTS, Fragment, fragments, fragments_changed, optimizer_steps
 from megamtp.errors import UserError
 from megamtp.files import sync_folder, write_atomic
 from megamtp.training.faults import fail_together
@@ -66,10 +66,15 @@ def make_manifest(entries: list[dict[str, Any]], **rest: Any) -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, **rest, "files": files, "tensors": merge_pieces(entries)}
 
 
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the last file of a checkpoint, durably."""
+    write_atomic(folder / "manifest.json", json.dumps(manifest).encode())
+    sync_folder(folder)
+
+
 def _publish(folder: Path, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Manifest, then the folder's name, then ``latest``: each only when what it speaks of is on disk."""
-    write_atomic(temporary / "manifest.json", json.dumps(manifest).encode())
-    sync_folder(temporary)
+    write_manifest(temporary, manifest)
     if final.exists():  # the same step, saved again after a resume
         shutil.rmtree(final)
     temporary.rename(final)
@@ -131,6 +136,11 @@ class Checkpoint:
                     "here; use that model's config or another run_dir"
                 )
 
+    @property
+    def has_moments(self) -> bool:
+        """Whether it holds the optimizer's state; weights that were imported have none."""
+        return self.manifest.get("moments", True)
+
     def verify(self, names: list[str] | None = None) -> None:
         """Compare checksums of ``names`` (default: all files). ``UserError`` for a file that has changed."""
         for name in names if names is not None else self.manifest["files"]:
@@ -162,7 +172,9 @@ class Checkpoint:
         return sorted(find_pieces(self.path, self.manifest["tensors"], wanted))
 
     def load_into(self, engine: Engine) -> None:
-        """Give the engine the checkpoint's weights and optimizer states; each rank reads its own part.
+        """Give the engine the checkpoint's weights and optimizer states (zeros where it has no moments).
+
+        Each rank reads its own part.
 
         Every rank calls it. Raises ``UserError`` on all of them where one finds its part damaged or of other shapes.
         """
@@ -174,7 +186,13 @@ class Checkpoint:
                     raise UserError(f"{self.path}: {fragment.name} has shape {saved} there and {shape} in this model")
             # The ranks share the files out: each is read once for this, however many ranks need a part of it.
             self.verify(sorted(self.manifest["files"])[engine.grid.rank :: engine.grid.world_size])
-            self.read_into(held)
+            if self.has_moments:
+                self.read_into(held)
+            else:
+                self.read_into(replace(fragment, tensors={"weight": fragment.tensors["weight"]}) for fragment in held)
+                for fragment in held:
+                    for moment in MOMENTS:
+                        fragment.tensors[moment].zero_()
         fragments_changed(engine, self.manifest["optimizer_steps"])
 
 

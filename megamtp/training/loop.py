@@ -124,7 +124,8 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
         checkpoint = Checkpoint.open(latest) if latest else None
         if checkpoint:
             checkpoint.require_model(asdict(config.model))
-            if loader:
+            # Weights that were imported come without a place in the data.
+            if loader and checkpoint.manifest["state"]["loader"] is not None:
                 loader.load_state_dict(checkpoint.manifest["state"]["loader"])
     if grid.is_main:
         print(describe_data(data, training.steps * training.global_batch_size), flush=True)

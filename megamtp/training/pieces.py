@@ -124,7 +124,7 @@ def write_pieces(path: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
         if not fragment.is_owner or not run.size:
             continue
         for kind, tensor in fragment.tensors.items():
-            tensors[_key(kind, fragment.name, run)] = tensor.detach().cpu()
+            tensors[piece_key(kind, fragment.name, run)] = tensor.detach().cpu()
         piece = {"file": path.name, "columns": [run.left, run.right], "start": run.start, "stop": run.stop}
         pieces.append((fragment.name, list(fragment.shape), piece))
     try:
@@ -188,7 +188,7 @@ def read_pieces(folder: Path, tensors: dict[str, Any], wanted: Iterable[Fragment
             with safe_open(folder / file, "pt") as handle:
                 for fragment, stored, pairs in sources:
                     for kind, tensor in fragment.tensors.items():
-                        flat = handle.get_slice(_key(kind, fragment.name, stored))
+                        flat = handle.get_slice(piece_key(kind, fragment.name, stored))
                         if flat.get_shape() != [stored.size]:  # a slice would silently be short
                             raise SafetensorError(f"{fragment.name}: {flat.get_shape()}, expected {[stored.size]}")
                         for ours, theirs in pairs:
@@ -202,5 +202,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _key(kind: str, name: str, run: Run) -> str:
+def piece_key(kind: str, name: str, run: Run) -> str:
+    """Name of a piece inside its file; ``kind`` is "weight", "exp_avg" or "exp_avg_sq"."""
     return f"{kind}/{name}/{run.left}-{run.right}/{run.start}"

@@ -1,0 +1,125 @@
+"""From a source to files, a block of rows at a time, while other threads check the source's checksums."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Lock
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megamtp.convert.base import Source, row_blocks
+from megamtp.convert.safetensors_file import Spec, StreamWriter
+from megamtp.errors import UserError
+
+BLOCK_BYTES = 16 << 20  # of fp32 rows; a few of these are all the memory that a conversion takes
+READ_BYTES = 1 << 22
+THREADS = 2  # that compare checksums
+
+
+class Item(NamedTuple):
+    """A tensor of an output file and the logical tensor that it is made from; rows beyond that one's are zeros."""
+
+    spec: Spec
+    name: str  # logical
+
+
+def shards(items: Iterable[Item], limit: int) -> list[list[Item]]:
+    """In order, as many in a file as fit into ``limit`` bytes, and at least one."""
+    files: list[list[Item]] = []
+    size = 0
+    for item in items:
+        if not files or size + item.spec.n_bytes > limit:
+            files.append([])
+            size = 0
+        files[-1].append(item)
+        size += item.spec.n_bytes
+    return files
+
+
+class Progress:
+    """One bar of bytes, written and verified, for several threads."""
+
+    def __init__(self, total: int, what: str):
+        self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, dynamic_ncols=True)
+        self._lock = Lock()
+
+    def add(self, n_bytes: int) -> None:
+        with self._lock:
+            self._bar.update(n_bytes)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class Verification:
+    """The comparison of checksums that runs beside the conversion."""
+
+    def __init__(self, futures: list[Future]):
+        self._futures = futures
+
+    def raise_if_failed(self) -> None:
+        """``UserError`` where damage is known already."""
+        for future in self._futures:
+            if future.done():
+                future.result()
+
+    def wait(self) -> None:
+        """``UserError`` where a file is damaged."""
+        for future in self._futures:
+            future.result()
+
+
+@contextmanager
+def verifying(source: Source, progress: Progress) -> Iterator[Verification]:
+    """Compare the source's checksums in threads; leaving ends them."""
+    stop = Event()
+
+    def check(path: Path, expected: str) -> None:
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
+        with open(path, "rb", buffering=0) as file:
+            while not stop.is_set() and (n := file.readinto(buffer)):
+                digest.update(buffer[:n])
+                progress.add(n)
+        if not stop.is_set() and digest.hexdigest() != expected:
+            raise UserError(f"{path}: damaged, its checksum is wrong; use an earlier checkpoint")
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        futures = [threads.submit(check, *entry) for entry in source.checksums().items()]
+        try:
+            yield Verification(futures)
+        finally:
+            stop.set()
+            for future in futures:
+                future.cancel()
+
+
+def write_items(
+    path: Path,
+    items: list[Item],
+    source: Source,
+    progress: Progress,
+    verification: Verification,
+    metadata: dict[str, str] | None = None,
+    hashed: bool = False,
+) -> StreamWriter:
+    """Write one file, cast block by block. Returns its writer, closed, which tells size and checksum."""
+    with StreamWriter(path, [item.spec for item in items], metadata, hashed=hashed) as writer:
+        for item in items:
+            verification.raise_if_failed()
+            for block in _blocks(item, source):
+                writer.write(block)
+                progress.add(block.nbytes)
+    return writer
+
+
+def _blocks(item: Item, source: Source) -> Iterator[Tensor]:
+    shape = source.shape(item.name)
+    for start, stop in row_blocks(shape, BLOCK_BYTES, itemsize=4):
+        yield source.rows(item.name, start, stop).to(item.spec.dtype).contiguous()
+    if missing := item.spec.n_bytes - torch.Size(shape).numel() * item.spec.dtype.itemsize:
+        yield torch.zeros(missing // item.spec.dtype.itemsize, dtype=item.spec.dtype)
