@@ -14,6 +14,7 @@ from megamtp.config import from_dict
 from megamtp.convert.base import MappedSource
 from megamtp.convert.formats import META
 from megamtp.convert.from_huggingface import read_json
+from megamtp.data.tokenizer import load_tokenizer
 from megamtp.errors import UserError
 from megamtp.model.transformer import ModelConfig
 
@@ -46,8 +47,6 @@ def open_meta(path: Path) -> MetaSource:
     source.facts = {"converted_from": path.resolve().name}
     if (path / TOKENIZER).is_file():
         source.tokenizer = path / TOKENIZER
-        from megamtp.data.tokenizer import load_tokenizer
-
         source.eos_id = load_tokenizer(source.tokenizer).eod()[1]
     return source
 
@@ -55,13 +54,19 @@ def open_meta(path: Path) -> MetaSource:
 def _model_config(path: Path, params: dict, tensors: dict[str, torch.Tensor]) -> ModelConfig:
     """What params.json says, and the sizes that only the tensors tell."""
     where = path / WEIGHTS
+    for key in ("dim", "n_heads"):
+        if not isinstance(params.get(key), int) or params[key] < 1:
+            raise UserError(
+                f"{path / PARAMS}: {key} is {params.get(key)!r}, a positive number is needed; copy it again"
+            )
+    if params.get("use_scaled_rope"):
+        raise UserError(f"{path / PARAMS}: use_scaled_rope is not supported; give another model")
     try:
         head_dim = params["dim"] // params["n_heads"]
         vocab_size, ffn_dim = (len(tensors[name]) for name in ("output.weight", "layers.0.feed_forward.w1.weight"))
         n_kv_heads = len(tensors["layers.0.attention.wk.weight"]) // head_dim
     except KeyError as error:
-        place = path / PARAMS if error.args[0] in ("dim", "n_heads") else where
-        raise UserError(f"{place}: lacks {error.args[0]}; give the folder of a released model") from None
+        raise UserError(f"{where}: lacks {error.args[0]}; give the folder of a released model") from None
     blocks = {int(found[1]) for name in tensors if (found := re.match(r"layers\.(\d+)\.", name))}
     extra_heads = {int(found[1]) for name in tensors if (found := re.match(r"extra_heads\.(\d+)\.", name))}
     n = len(extra_heads) + 1

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megamtp.data.tokenizer import BYTES, END_OF_DOCUMENT, Tokenizer, load_tokenizer
+from megamtp.data.tokenizer import BYTES, END_OF_DOCUMENT, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megamtp.errors import UserError
 
 # What transformers saves of a tokenizer; nothing else in such a folder belongs to it.
@@ -50,6 +50,11 @@ def write_tokenizer(
         else:
             shutil.copyfile(path, folder / name)
         names = [name]
+    if isinstance(loaded, SentencePieceTokenizer) and not _is_bpe(loaded):
+        raise UserError(
+            f"{tokenizer}: is a Unigram model, which transformers takes for BPE in a Llama's folder; "
+            "convert it to a tokenizer.json and give that with --tokenizer"
+        )
     if loaded.vocab_size > vocab_size:
         raise UserError(
             f"{tokenizer}: has {loaded.vocab_size} tokens, the model {vocab_size}; give its own with --tokenizer"
@@ -71,6 +76,12 @@ def tokenizer_config(tokenizer: Tokenizer, name: str, eos_id: int | None, contex
     if context is not None:
         config["model_max_length"] = context
     return config
+
+
+def _is_bpe(tokenizer: SentencePieceTokenizer) -> bool:
+    """Scores are minus the rank of a merge in BPE, and logarithms of probabilities in Unigram models."""
+    scores = (tokenizer.processor.get_score(i) for i in range(tokenizer.vocab_size))
+    return all(score == int(score) for score in scores)
 
 
 def token_of_id(tokenizer: Tokenizer, token_id: int | None) -> str | None:
