@@ -136,7 +136,7 @@ main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("command", ["export", "import"])
+@pytest.mark.parametrize("command", ["export", pytest.param("import", marks=pytest.mark.slow)])
 def test_a_killed_conversion_leaves_nothing_complete_and_the_next_is_clean(run_dir, tmp_path, command):
     arguments = [sys.executable, "-c", SLOWLY, "60", command, str(run_dir), str(tmp_path / "out")]
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -197,6 +197,7 @@ print('peak', before, peak)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
     peaks = []
     for size in (1, 2):

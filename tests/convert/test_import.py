@@ -175,10 +175,10 @@ def test_a_tokenizer_folder_comes_along(tmp_path):
 @pytest.mark.parametrize(
     ("world_size", "layout"),
     [
-        (1, {}),
+        pytest.param(1, {}, marks=pytest.mark.slow),
         (4, {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.zero_stage": 0}),
         (2, {"parallel.zero_stage": 1, "training.precision": "bf16"}),
-        (2, {"parallel.zero_stage": 3}),
+        pytest.param(2, {"parallel.zero_stage": 3}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
