@@ -1,73 +1,142 @@
-"""Load a trained model and continue a text with head 1, the next-token head.
+"""Complete prompts: many of different lengths in one batch; where one ends, the next takes its row."""
 
-Each new token recomputes its prefix: fit for a look at a small model, not for serving.
-"""
-
-from pathlib import Path
-from typing import NamedTuple
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
-import yaml
-from torch import Tensor
 
-from megamtp.config import from_dict
 from megamtp.errors import UserError
-from megamtp.model.model import MultiTokenModel, build_model, logical_parameters
-from megamtp.training.checkpoint import Checkpoint, latest_checkpoint
-from megamtp.training.run_config import RunConfig
+from megamtp.inference.decoder import Decoder
+from megamtp.inference.sampling import Sampling
+from megamtp.inference.speculative import SpeculativeDecoder, Statistics
+from megamtp.inference.tree import Tree
 
 
-class TrainedRun(NamedTuple):
-    model: MultiTokenModel  # fp32, without gradients
-    config: RunConfig
-    checkpoint: Checkpoint
+@dataclass
+class Completion:
+    """New tokens of a prompt, without the stop token."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None  # "stop": a stop token; "length": max_new_tokens; "context": the context is full
 
 
-def load_run(run_dir: Path | str) -> TrainedRun:
-    """The newest checkpoint of a run folder. Raises ``UserError`` for a folder that is no run or has none yet."""
-    run_dir = Path(run_dir)
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run_dir}: no config.yaml; give the run_dir of a training run")
-    config = from_dict(RunConfig, yaml.safe_load(path.read_text()), str(path))
-    latest = latest_checkpoint(run_dir / "checkpoints")
-    if latest is None:
-        raise UserError(f"{run_dir}: no checkpoint yet; train on, or lower training.checkpoint_every")
-    checkpoint = Checkpoint.open(latest)
-    checkpoint.verify()
-    model = build_model(config.model, ops=config.ops, seed=None).requires_grad_(False)
-    for name, parameter in logical_parameters(model):
-        parameter.copy_(checkpoint.tensor(name))
-    return TrainedRun(model, config, checkpoint)
+@dataclass
+class Generation:
+    completions: list[Completion]  # in the order of the prompts
+    statistics: Statistics
+    seconds: float  # prompts included
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(completion.tokens) for completion in self.completions)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.n_tokens / self.seconds
 
 
-@torch.no_grad()
 def generate(
-    model: MultiTokenModel,
-    prompt: Tensor,
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    context: int,
-    temperature: float = 0.0,
-    stop_token: int | None = None,
+    draft_heads: int | None = None,
+    tree: Sequence[int] | None = None,
+    sampling: Sampling | None = None,
+    batch_size: int = 8,
+    stop_tokens: Iterable[int] = (),
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """Continue ``prompt`` (t,) int64: returns the new tokens (at most ``max_new_tokens``,), the stop token excluded.
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+) -> Generation:
+    """Continue each prompt (token ids) by head 1, drafting with ``draft_heads`` of the other heads (default: all).
 
-    Temperature 0 is greedy. Only the last ``context`` tokens are seen. Raises ``ValueError`` for an empty prompt.
+    ``tree`` gives the number of candidates of each drafting head instead. ``on_tokens(index, new)`` is told of new
+    tokens as they come. Raises ``UserError`` for a prompt that is empty or longer than the context, and for more
+    drafting heads than the model has.
     """
-    if prompt.numel() == 0:
-        raise ValueError("the prompt is empty: the model needs at least one token to continue")
-    tokens = prompt
-    for _ in range(max_new_tokens):
-        z, inputs = model.trunk(tokens[None, -context:])
-        hidden = model.output_heads.hidden(0, z, inputs)[0, -1]
-        logits = (model.output_heads.unembedding @ hidden).float()  # (V,)
-        if temperature > 0:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-        else:
-            token = logits.argmax(keepdim=True)
-        if stop_token is not None and token.item() == stop_token:
-            break
-        tokens = torch.cat([tokens, token])
-    return tokens[prompt.numel() :]
+    check_request(decoder, prompts, max_new_tokens, batch_size)
+    started = time.perf_counter()
+    completions = [Completion() for _ in prompts]
+    # The last token that is generated need not go in again.
+    limits = [min(max_new_tokens, decoder.context + 1 - len(prompt)) for prompt in prompts]
+    capacity = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=1)
+    widths = draft_widths(decoder.n_heads, draft_heads, tree)
+    n_rows = min(batch_size, len(prompts))
+    speculative = SpeculativeDecoder(
+        decoder, Tree(widths, decoder.device), sampling or Sampling(), n_rows, capacity, generator
+    )
+    stops = frozenset(stop_tokens)
+    waiting = deque(range(len(prompts)))
+    active: list[int] = []  # the prompt of each row
+
+    def add(index: int, new: list[int]) -> None:
+        completion = completions[index]
+        kept = []
+        for token in new:
+            if completion.finish_reason:
+                break
+            if token in stops:
+                completion.finish_reason = "stop"
+                break
+            kept.append(token)
+            completion.tokens.append(token)
+            if len(completion.tokens) == limits[index]:
+                completion.finish_reason = "length" if limits[index] == max_new_tokens else "context"
+        if on_tokens and kept:
+            on_tokens(index, kept)
+
+    def begin(row: int) -> int:
+        index = waiting.popleft()
+        add(index, [speculative.start(row, torch.tensor(prompts[index]))])
+        return index
+
+    while True:
+        row = 0
+        while row < len(active) or waiting and len(active) < n_rows:
+            if row == len(active):
+                active.append(begin(row))
+            elif not completions[active[row]].finish_reason:
+                row += 1
+            elif waiting:
+                active[row] = begin(row)
+            else:
+                speculative.drop(row)
+                last = active.pop()
+                if row < len(active):
+                    active[row] = last
+        if not active:
+            return Generation(completions, speculative.statistics, time.perf_counter() - started)
+        for index, new in zip(active, speculative.step(), strict=True):
+            add(index, new)
+
+
+def check_request(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> None:
+    """``UserError`` for what ``generate`` would not do."""
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; use at least 1")
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {index} is empty: the model needs at least one token to continue")
+        if len(prompt) > decoder.context:
+            raise UserError(
+                f"prompt {index} has {len(prompt)} tokens; the model's context is {decoder.context}: shorten the prompt"
+            )
+
+
+def draft_widths(n_heads: int, draft_heads: int | None, tree: Sequence[int] | None) -> tuple[int, ...]:
+    """Candidates per drafting head. ``UserError`` where the model has too few heads, or the two disagree."""
+    if tree is not None and draft_heads is not None and len(tree) != draft_heads:
+        raise UserError(f"--tree {','.join(map(str, tree))} is for {len(tree)} heads, --draft-heads is {draft_heads}")
+    widths = tuple(tree) if tree is not None else (1,) * (n_heads - 1 if draft_heads is None else draft_heads)
+    if len(widths) > n_heads - 1:
+        raise UserError(
+            f"--draft-heads {len(widths)}: the model has {n_heads} heads, of which {n_heads - 1} can draft; "
+            f"use {'0' if n_heads == 1 else f'0 to {n_heads - 1}'}"
+        )
+    if draft_heads is not None and draft_heads < 0 or any(width < 1 for width in widths):
+        raise UserError("--draft-heads and the entries of --tree must not be negative or, in the tree, 0")
+    return widths

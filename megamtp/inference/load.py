@@ -1,0 +1,86 @@
+"""Open a trained model for decoding: weights, tokenizer, context."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megamtp.convert.base import Source
+from megamtp.convert.source import open_source
+from megamtp.data.tokenizer import Tokenizer, load_tokenizer
+from megamtp.errors import UserError
+from megamtp.inference.decoder import Decoder
+from megamtp.training.pieces import sha256
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    decoder: Decoder
+    source: Source
+    tokenizer: Tokenizer
+    context: int  # positions
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ended documents in training."""
+        if self.source.eos_id is not None:
+            return self.source.eos_id
+        token = self.tokenizer.default_eod
+        return self.tokenizer.token_to_id(token) if token else None
+
+
+def load_model(
+    path: Path | str,
+    *,
+    tokenizer: str | None = None,
+    context: int | None = None,
+    dtype: str | None = None,
+    device: torch.device | str | None = None,
+) -> LoadedModel:
+    """The model in a folder: of a run, a checkpoint, an export, a Hugging Face Llama, Meta's release.
+
+    ``tokenizer`` and ``context`` stand in where the folder does not tell them. Default dtype: bf16 on a GPU, fp32 on a
+    CPU. Raises ``UserError`` for a folder that is no model, for damaged files, and for what nothing tells.
+    """
+    device = _device(device)
+    source = open_source(path)
+    tokenizer = tokenizer or source.tokenizer
+    if tokenizer is None:
+        raise UserError(f"{path}: names no tokenizer; give --tokenizer PATH")
+    loaded_tokenizer = load_tokenizer(str(tokenizer))
+    if loaded_tokenizer.vocab_size > source.config.vocab_size:
+        raise UserError(
+            f"{tokenizer}: has {loaded_tokenizer.vocab_size} tokens, the model in {path} knows "
+            f"{source.config.vocab_size}; give the tokenizer that it was trained with"
+        )
+    context = context or source.context
+    if context is None:
+        raise UserError(f"{path}: does not say how long its context is; give --context TOKENS")
+    decoder = load_decoder(source, context, DTYPES[dtype or ("bf16" if device.type == "cuda" else "fp32")], device)
+    return LoadedModel(decoder, source, loaded_tokenizer, context)
+
+
+def _device(name: torch.device | str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a build without CUDA
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use one that is here") from None
+    return device
+
+
+def load_decoder(source: Source, context: int, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """Read the weights. ``UserError`` for a file whose checksum is on record and wrong."""
+    with ThreadPoolExecutor(2) as threads:  # hashing releases the interpreter while the weights are read
+        sums = source.checksums()
+        hashes = threads.map(sha256, sums)
+        decoder = Decoder(source.config, lambda name: source.tensor(name).to(device, dtype), context)
+        for (file, expected), found in zip(sums.items(), hashes, strict=True):
+            if found != expected:
+                raise UserError(f"{file}: damaged, its checksum is wrong; use an earlier checkpoint")
+    return decoder
