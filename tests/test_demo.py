@@ -65,7 +65,7 @@ def test_generate_continues_the_prompt(trained, capsys):
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        (lambda folder: generate.main([str(folder / "nowhere"), "--prompt", "x"]), "no config.yaml"),
+        (lambda folder: generate.main([str(folder / "nowhere"), "--prompt", "x"]), "is not there"),
         (lambda folder: generate.main([str(folder / "run"), "--prompt", ""]), "the prompt is empty"),
         (lambda folder: plot_losses.main([str(folder)]), "metrics.jsonl"),
         (

@@ -52,7 +52,8 @@ def held_out_functions(path: Path) -> Iterator[tuple[str, str]]:
 
 def complete(model: LoadedModel, prompt: str) -> tuple[list[Generation], list[Generation]]:
     """The same greedy completion, several times by turns: with all heads, by head 1 alone."""
-    ids, stops = model.tokenizer.encode(prompt), {model.eos_id} - {None}
+    stops = {model.eos_id} - {None}
+    ids = model.tokenizer.encode(prompt)[-model.context // 2 :]  # room for the rest, however short the context
     drafted, plain = [], []
     for _ in range(ROUNDS):
         drafted.append(generate(model.decoder, [ids], NEW_TOKENS, stop_tokens=stops))
