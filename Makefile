@@ -23,6 +23,8 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/pipeline_balance.py
 	$(BIN)/python benchmarks/heads_memory.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/convert.py
+	[ ! -d runs/demo ] || $(BIN)/python benchmarks/decode.py runs/demo --text data/demo/validation.jsonl
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

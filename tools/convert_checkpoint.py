@@ -1,6 +1,6 @@
 """Convert models: out to Hugging Face's format, and in, to a run folder at step 0.
 
-python tools/convert_checkpoint.py export runs/demo exported/demo      # a run, a checkpoint, or any model folder
+python tools/convert_checkpoint.py export runs/demo exports/demo      # a run, a checkpoint, or any model folder
 python tools/convert_checkpoint.py import Llama-folder runs/from_llama --n-future-tokens 4
 python pretrain.py my.yaml --run_dir runs/from_llama                   # with the model: section of its model.yaml
 """
