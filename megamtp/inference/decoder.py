@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megamtp.inference.cache import KVCache
+from megamtp.inference.product import Product
 from megamtp.inference.tree import Tree
 from megamtp.model.transformer import ModelConfig
 from megamtp.ops.elementwise import rotary_table, swiglu
@@ -39,15 +40,16 @@ class BlockWeights:
             return torch.cat([tensor(f"{prefix}.{name}.weight") for name in names])
 
         n_rotated = (config.n_heads + config.kv_heads) * config.head_dim
-        self.wqkv = of("attention.wq", "attention.wk", "attention.wv")  # ((h + 2g) hd, d)
+        wqkv = of("attention.wq", "attention.wk", "attention.wv")  # ((h + 2g) hd, d)
         # From halves (i, i + hd / 2) to neighbours (2i, 2i + 1): scores do not change, as q and k change alike.
-        turned = self.wqkv[:n_rotated].unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)
-        self.wqkv[:n_rotated] = turned.flatten(0, 2)
+        turned = wqkv[:n_rotated].unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)
+        wqkv[:n_rotated] = turned.flatten(0, 2)
         n_queries = config.n_heads * config.head_dim
-        self.wq, self.wkv = self.wqkv[:n_queries], self.wqkv[n_queries:]
-        self.wo = of("attention.wo")
-        self.w13 = of("feed_forward.w1", "feed_forward.w3")  # (2f, d)
-        self.w2 = of("feed_forward.w2")
+        self.wqkv = Product(wqkv)
+        self.wq, self.wkv = self.wqkv.outputs(0, n_queries), self.wqkv.outputs(n_queries)
+        self.wo = Product(of("attention.wo"))
+        self.w13 = Product(of("feed_forward.w1", "feed_forward.w3"))  # (2f, d)
+        self.w2 = Product(of("feed_forward.w2"))
         self.attention_norm = of("attention_norm") * scale_norm
         self.ffn_norm = of("ffn_norm") * scale_norm
 
@@ -62,7 +64,7 @@ class Decoder:
     def __init__(self, config: ModelConfig, tensor: Callable[[str], Tensor], context: int):
         self.config, self.context = config, context
         self.embedding = tensor("tok_embeddings.weight")[: config.vocab_size]
-        self.unembedding = tensor("output.weight")[: config.vocab_size]
+        self.unembedding = Product(tensor("output.weight")[: config.vocab_size])
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         # PyTorch's rms_norm is one kernel on a GPU, but seven on a CPU.
         self._own_norm = self.device.type == "cpu" and self.dtype in (torch.float32, torch.float64)
@@ -165,7 +167,7 @@ class Decoder:
     def _block(self, layer: int, x: Tensor, at: Positions, cache: KVCache) -> Tensor:
         weights, config = self.blocks[layer], self.config
         b, t, _ = x.shape
-        qkv = F.linear(self._norm(x, weights.attention_norm), weights.wqkv).view(b, t, -1, config.head_dim)
+        qkv = weights.wqkv(self._norm(x, weights.attention_norm)).view(b, t, -1, config.head_dim)
         n_rotated = config.n_heads + config.kv_heads
         _rotate_(qkv[:, :, :n_rotated], at.rotary)
         cache.write(layer, at.rows, at.slots, qkv[:, :, config.n_heads :])
@@ -176,21 +178,21 @@ class Decoder:
             out = out.transpose(1, 2).reshape(b, t, -1)
         else:
             out = self._attend(qkv[:, :, : config.n_heads], layer, at, cache)
-        return self._feed_forward(x + F.linear(out, weights.wo), weights)
+        return self._feed_forward(x + weights.wo(out), weights)
 
     def _block_at(self, layer: int, x: Tensor, at: Positions, last: Tensor, cache: KVCache) -> Tensor:
         """``_block`` whose output is wanted at one position a row: (b, t, d) -> (b, 1, d)."""
         weights, config = self.blocks[layer], self.config
         b, t, _ = x.shape
         normed = self._norm(x, weights.attention_norm)
-        kv = F.linear(normed, weights.wkv).view(b, t, -1, config.head_dim)
+        kv = weights.wkv(normed).view(b, t, -1, config.head_dim)
         _rotate_(kv[:, :, : config.kv_heads], at.rotary)
         cache.write(layer, at.rows, at.slots, kv)
         here = torch.arange(b, device=self.device)[:, None], last[:, None]
-        q = F.linear(normed[here], weights.wq).view(b, 1, -1, config.head_dim)
+        q = weights.wq(normed[here]).view(b, 1, -1, config.head_dim)
         _rotate_(q, at.rotary[here])
         out = self._attend(q, layer, at, cache)
-        return self._feed_forward(x[here] + F.linear(out, weights.wo), weights)
+        return self._feed_forward(x[here] + weights.wo(out), weights)
 
     def _attend(self, q: Tensor, layer: int, at: Positions, cache: KVCache) -> Tensor:
         """q (b, t, h, hd) -> (b, t, h hd). Query heads that share keys and values count as more queries of one head."""
@@ -202,11 +204,11 @@ class Decoder:
         return out.unflatten(2, (h // g, t)).permute(0, 3, 1, 2, 4).reshape(b, t, h * hd)
 
     def _feed_forward(self, x: Tensor, weights: BlockWeights) -> Tensor:
-        gate, up = F.linear(self._norm(x, weights.ffn_norm), weights.w13).chunk(2, -1)
-        return x + F.linear(swiglu(gate, up), weights.w2)
+        gate, up = weights.w13(self._norm(x, weights.ffn_norm)).chunk(2, -1)
+        return x + weights.w2(swiglu(gate, up))
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(self._norm(x, self.norm_weight), self.unembedding)
+        return self.unembedding(self._norm(x, self.norm_weight))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         if not self._own_norm:

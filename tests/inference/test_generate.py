@@ -37,7 +37,7 @@ def test_a_run_is_loaded_from_its_newest_checkpoint(run):
     model = load_model(run, device="cpu")
     saved = tensors(Checkpoint.open(latest_checkpoint(run / "checkpoints")))
     assert torch.equal(model.decoder.embedding, saved["tok_embeddings.weight"][:257])
-    assert torch.equal(model.decoder.blocks[-1].w2, saved["heads.3.feed_forward.w2.weight"])
+    assert torch.equal(model.decoder.blocks[-1].w2.weight, saved["heads.3.feed_forward.w2.weight"])
     assert model.context == model.decoder.context and model.eos_id is not None
     assert load_model(run, dtype="bf16").decoder.dtype == torch.bfloat16
 
