@@ -1,6 +1,9 @@
 """What goes wrong: one clear line, nothing that looks complete, memory that does not grow with the model."""
 
+import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,13 +12,16 @@ from pathlib import Path
 import pytest
 
 from megamtp.convert import output as output_module
+from megamtp.convert import safetensors_file
 from megamtp.convert.export import export
 from megamtp.convert.import_run import import_run
+from megamtp.convert.safetensors_file import map_tensors
 from megamtp.errors import RunFailure, UserError
 from tests.convert.models import config_of_run, foreign_llama, parameters_of, write_run
 from tools.convert_checkpoint import main
 
 ROOT = Path(__file__).parents[2]
+NAMED_AFTER_THE_RUN = ("README.md", "megamtp.json")
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +87,69 @@ def test_a_damaged_checkpoint_is_told_and_leaves_nothing(tmp_path, capsys, comma
     before = names(tmp_path)
     assert f"{file}: damaged" in refused(capsys, command, run_dir, tmp_path / "out")
     assert names(tmp_path) == before
+
+
+def test_moments_are_neither_read_nor_checked(run_dir, tmp_path, capsys):
+    """Unless the checkpoint is of a program that kept no checksum of the weights alone."""
+    damaged = Path(shutil.copytree(run_dir, tmp_path / "damaged"))
+    folder = damaged / "checkpoints/step-00000002"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        data = bytearray((folder / name).read_bytes())
+        first, last = entry["weights"]["without"]
+        moments = [key for key in map_tensors(folder / name) if not key.startswith("weight/")]
+        tensors = map_tensors(folder / name)
+        assert last - first == sum(tensors[key].nbytes for key in moments) > 0
+        data[first] ^= 1
+        data[last - 1] ^= 1
+        (folder / name).write_bytes(data)
+    export(damaged, tmp_path / "out")
+    export(run_dir, tmp_path / "expected")
+    expected = content(tmp_path / "expected")
+    assert {name: data for name, data in content(tmp_path / "out").items() if name not in NAMED_AFTER_THE_RUN} == {
+        name: data for name, data in expected.items() if name not in NAMED_AFTER_THE_RUN
+    }
+
+    for entry in manifest["files"].values():
+        del entry["weights"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert "damaged" in refused(capsys, "export", damaged, tmp_path / "again")
+
+
+@pytest.mark.parametrize("where", ["header", "first weight", "last weight"])
+def test_every_byte_that_counts_is_checked(run_dir, tmp_path, capsys, where):
+    damaged = Path(shutil.copytree(run_dir, tmp_path / "damaged"))
+    folder = damaged / "checkpoints/step-00000002"
+    file = folder / "rank-00000.safetensors"
+    data = bytearray(file.read_bytes())
+    last = json.loads((folder / "manifest.json").read_text())["files"][file.name]["weights"]["without"][1]
+    # Of the header, the name of a moment: nothing else would notice.
+    data[{"header": data.index(b"exp_avg"), "first weight": last, "last weight": -1}[where]] ^= 1
+    file.write_bytes(data)
+    assert f"{file}: damaged" in refused(capsys, "export", damaged, tmp_path / "out")
+
+
+def test_values_that_fp16_cannot_hold(tmp_path, capsys):
+    config = config_of_run(vocab_size=257)
+    parameters = parameters_of(config)
+    parameters["heads.2.attention.wo.weight"][3, 5] = 1e5
+    run_dir = write_run(tmp_path / "run", config, parameters)
+    told = refused(capsys, "export", run_dir, tmp_path / "out", "--dtype", "fp16")
+    assert "heads.2.attention.wo.weight" in told and "--dtype bf16" in told
+    export(run_dir, tmp_path / "out")
+
+
+def test_a_failed_sync_in_the_middle_is_told(run_dir, tmp_path, monkeypatch):
+    """The kernel tells it once: the sync at the end succeeds."""
+
+    def fdatasync(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(safetensors_file, "SYNC_BYTES", 2000)
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    with pytest.raises(RunFailure, match="Input/output error"):
+        export(run_dir, tmp_path / "out")
+    assert names(tmp_path) == []
 
 
 def test_force_replaces_an_earlier_output_and_only_at_the_end(run_dir, tmp_path, capsys, monkeypatch):
