@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,20 @@ from torch import Tensor
 from megamtp.convert.formats import Format, logical_names, logical_shape
 from megamtp.errors import UserError
 from megamtp.model.transformer import ModelConfig
+
+
+class Check(NamedTuple):
+    """``sha256`` is of the file without its bytes [without[0], without[1])."""
+
+    path: Path
+    file_bytes: int
+    without: tuple[int, int]
+    sha256: str
+
+    @property
+    def n_bytes(self) -> int:
+        """To read."""
+        return self.file_bytes - self.without[1] + self.without[0]
 
 
 class Source(ABC):
@@ -42,6 +56,10 @@ class Source(ABC):
     def checksums(self) -> dict[Path, str]:
         """SHA-256 of the files that have one on record: those of our checkpoints alone."""
         return {}
+
+    def checks(self) -> "list[Check]":
+        """What to compare to know that all that ``rows`` reads is sound; less than ``checksums`` where possible."""
+        return [Check(path, path.stat().st_size, (0, 0), sha256) for path, sha256 in self.checksums().items()]
 
     def names(self) -> list[str]:
         """Every tensor, in the order of the model."""

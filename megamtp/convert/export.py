@@ -52,7 +52,7 @@ def export(
     plain = shards([item for item in items if not extra_head(item.name)], shard_bytes)
     extra = [item for item in items if extra_head(item.name)]
     n_bytes = sum(item.spec.n_bytes for item in items)
-    n_check = sum(path.stat().st_size for path in source.checksums())
+    n_check = sum(check.n_bytes for check in source.checks())
     with new_folder(output, force, is_export, source.path, n_bytes) as folder:
         # What is small and may be refused comes first.
         files = write_tokenizer(tokenizer, folder, vocab_size=config.vocab_size, eos_id=source.eos_id, context=context)

@@ -9,7 +9,7 @@ import yaml
 from torch import Tensor
 
 from megamtp.config import from_dict
-from megamtp.convert.base import Source
+from megamtp.convert.base import Check, Source
 from megamtp.convert.facts import end_of_document, training_facts
 from megamtp.convert.formats import padded_shape
 from megamtp.convert.imported import Imported
@@ -82,6 +82,14 @@ class CheckpointSource(Source):
         if flat is None or flat.dtype != torch.float32 or flat.numel() != run.size:
             raise UserError(f"{self.path / file}: {name} is not as the manifest says; use an earlier checkpoint")
         return flat
+
+    def checks(self) -> list[Check]:
+        checks = []
+        for name, entry in self.checkpoint.manifest["files"].items():
+            # Files without moments have no sum of their weights, nor have those that earlier programs wrote.
+            part = entry.get("weights", {"without": [0, 0], "sha256": entry["sha256"]})
+            checks.append(Check(self.path / name, entry["bytes"], tuple(part["without"]), part["sha256"]))
+        return checks
 
     def checksums(self) -> dict[Path, str]:
         return {self.path / name: entry["sha256"] for name, entry in self.checkpoint.manifest["files"].items()}

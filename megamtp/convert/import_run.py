@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from megamtp.config import from_dict
-from megamtp.convert.base import Source
+from megamtp.convert.base import Check, Source
 from megamtp.convert.formats import logical_names, padded_shape
 from megamtp.convert.imported import NAME as IMPORTED
 from megamtp.convert.imported import TOKENIZER, Imported
@@ -62,7 +62,7 @@ def import_run(
         items.append(Item(Spec(key, torch.float32, (size,)), name))
     files = shards(items, FILE_BYTES)
     n_bytes = sum(item.spec.n_bytes for item in items)
-    n_check = sum(path.stat().st_size for path in source.checksums())
+    n_check = sum(check.n_bytes for check in source.checks())
     with new_folder(Path(output), force, is_untrained_import, source.path, n_bytes) as folder:
         checkpoint = folder / "checkpoints" / STEP
         checkpoint.mkdir(parents=True)
@@ -137,6 +137,9 @@ class WithHeads(Source):
 
     def checksums(self) -> dict[Path, str]:
         return self.source.checksums()
+
+    def checks(self) -> list[Check]:
+        return self.source.checks()
 
 
 def is_untrained_import(folder: Path) -> bool:

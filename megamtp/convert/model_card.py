@@ -7,6 +7,8 @@ import torch
 from megamtp.convert.formats import extra_head, logical_names, logical_shape
 from megamtp.model.transformer import ModelConfig
 
+TRANSFORMERS = "4.57"  # the oldest that exports were tested with
+
 
 def model_card(config: ModelConfig, context: int | None, facts: dict[str, Any], dtype: str, has_tokenizer: bool) -> str:
     """Markdown. It depends on nothing but its arguments, so that the same model has the same card."""
@@ -104,9 +106,10 @@ def _loading(n: int, has_tokenizer: bool) -> str:
         f"```python\nfrom transformers import {names}\n\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n"
         f"{tokenizer}```"
     )
+    needs = f"Needs `transformers` {TRANSFORMERS} or newer.\n\n"
     if n == 1:
-        return plain
-    return (
+        return needs + plain
+    return needs + (
         f"The plain Llama, without custom code:\n\n{plain}\n\nAll {n} heads, with this folder's "
         "`modeling_megamtp.py`, which also drafts tokens with them to generate faster:\n\n"
         "```python\nmodel = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n```"

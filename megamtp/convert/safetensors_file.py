@@ -13,6 +13,7 @@ import os
 import struct
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from megamtp.errors import UserError
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 LENGTH = struct.Struct("<Q")
+SYNC_BYTES = 128 << 20  # written between two syncs
 LARGEST_HEADER = 100_000_000  # the library's limit
 
 
@@ -100,6 +102,8 @@ class StreamWriter:
         text += b" " * (-len(text) % 8)
         self.path, self.bytes = path, LENGTH.size + len(text) + offset
         self._left, self._sha256 = self.bytes, hashlib.sha256() if hashed else None
+        self._thread, self._unsynced = ThreadPoolExecutor(1), 0
+        self._syncing: Future | None = None
         self._file = open(path, "xb", buffering=0)
         self._write(memoryview(LENGTH.pack(len(text)) + text))
 
@@ -118,14 +122,27 @@ class StreamWriter:
         if self._sha256:
             self._sha256.update(data)
         while data:
-            data = data[self._file.write(data) :]
+            n = self._file.write(data)
+            data = data[n:]
+            self._unsynced += n
+        if self._unsynced >= SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+            self._raise_if_not_synced()
+            # The disk begins now: left to the kernel, it would wait for gigabytes, and the last sync for all of them.
+            self._syncing, self._unsynced = self._thread.submit(os.fdatasync, self._file.fileno()), 0
+
+    def _raise_if_not_synced(self) -> None:
+        """A failure is told once: the sync at the end would not see it again."""
+        if self._syncing is not None:
+            self._syncing.result()
 
     def __enter__(self) -> "StreamWriter":
         return self
 
     def __exit__(self, kind, *_) -> None:
         try:
+            self._thread.shutdown()  # waits for a sync that runs
             if kind is None:
+                self._raise_if_not_synced()
                 if self._left:
                     raise ValueError(f"{self.path}: {self._left} bytes fewer than announced")
                 os.fsync(self._file.fileno())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megamtp.convert.base import Source, row_blocks
+from megamtp.convert.base import Check, Source, row_blocks
 from megamtp.convert.safetensors_file import Spec, StreamWriter
 from megamtp.errors import UserError
 
@@ -79,17 +79,20 @@ def verifying(source: Source, progress: Progress) -> Iterator[Verification]:
     """Compare the source's checksums in threads; leaving ends them."""
     stop = Event()
 
-    def check(path: Path, expected: str) -> None:
+    def compare(check: Check) -> None:
         digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
-        with open(path, "rb", buffering=0) as file:
-            while not stop.is_set() and (n := file.readinto(buffer)):
-                digest.update(buffer[:n])
-                progress.add(n)
-        if not stop.is_set() and digest.hexdigest() != expected:
-            raise UserError(f"{path}: damaged, its checksum is wrong; use an earlier checkpoint")
+        with open(check.path, "rb", buffering=0) as file:
+            for at, end in ((0, check.without[0]), (check.without[1], check.file_bytes)):
+                file.seek(at)
+                while at < end and not stop.is_set() and (n := file.readinto(buffer[: end - at])):
+                    digest.update(buffer[:n])
+                    progress.add(n)
+                    at += n
+        if not stop.is_set() and digest.hexdigest() != check.sha256:
+            raise UserError(f"{check.path}: damaged, its checksum is wrong; use an earlier checkpoint")
 
     with ThreadPoolExecutor(THREADS) as threads:
-        futures = [threads.submit(check, *entry) for entry in source.checksums().items()]
+        futures = [threads.submit(compare, check) for check in source.checks()]
         try:
             yield Verification(futures)
         finally:
@@ -120,6 +123,9 @@ def write_items(
 def _blocks(item: Item, source: Source) -> Iterator[Tensor]:
     shape = source.shape(item.name)
     for start, stop in row_blocks(shape, BLOCK_BYTES, itemsize=4):
-        yield source.rows(item.name, start, stop).to(item.spec.dtype).contiguous()
+        block = source.rows(item.name, start, stop).to(item.spec.dtype).contiguous()
+        if block.dtype == torch.float16 and not block.isfinite().all():
+            raise UserError(f"{source.path}: {item.name} has values that fp16 cannot hold; use --dtype bf16")
+        yield block
     if missing := item.spec.n_bytes - torch.Size(shape).numel() * item.spec.dtype.itemsize:
         yield torch.zeros(missing // item.spec.dtype.itemsize, dtype=item.spec.dtype)

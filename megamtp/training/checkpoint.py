@@ -62,7 +62,8 @@ def save_checkpoint(
 
 def make_manifest(entries: list[dict[str, Any]], **rest: Any) -> dict[str, Any]:
     """The manifest of the files whose ``entries`` ``write_pieces`` has returned; ``rest`` goes in as it is."""
-    files = {entry["file"]: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for entry in entries}
+    keys = ("bytes", "sha256", "weights")
+    files = {entry["file"]: {key: entry[key] for key in keys if key in entry} for entry in entries}
     return {"format": FORMAT, "version": VERSION, **rest, "files": files, "tensors": merge_pieces(entries)}
 
 

@@ -7,7 +7,9 @@ band, and ZeRO cuts the rank's share into runs that begin and end anywhere, in t
 """
 
 import hashlib
+import json
 import os
+import struct
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import pairwise, product
@@ -22,6 +24,8 @@ from torch import Tensor
 
 from megamtp.engine.fragments import Fragment
 from megamtp.errors import UserError
+
+READ_BYTES = 1 << 20
 
 
 class Rectangle(NamedTuple):
@@ -134,7 +138,11 @@ def write_pieces(path: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
     with open(path, "rb+") as file:
         # safetensors leaves the data in the page cache.
         os.fsync(file.fileno())
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path), "pieces": pieces}
+    whole, weights = _checksums(path, moments := _moments_range(path))
+    entry = {"file": path.name, "bytes": path.stat().st_size, "sha256": whole, "pieces": pieces}
+    if moments:  # who reads the weights alone need not read the rest to check them
+        entry["weights"] = {"without": list(moments), "sha256": weights}
+    return entry
 
 
 def merge_pieces(entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -200,6 +208,35 @@ def read_pieces(folder: Path, tensors: dict[str, Any], wanted: Iterable[Fragment
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksums(path: Path, moments: tuple[int, int] | None) -> tuple[str, str]:
+    """SHA-256 of the file, and of the file without the bytes [moments[0], moments[1]); it is read once."""
+    whole, weights = hashlib.sha256(), hashlib.sha256()
+    first, last = moments or (0, 0)
+    with open(path, "rb", buffering=0) as file:
+        buffer, at = memoryview(bytearray(READ_BYTES)), 0
+        while n := file.readinto(buffer):
+            whole.update(buffer[:n])
+            weights.update(buffer[: min(n, max(0, first - at))])
+            weights.update(buffer[min(n, max(0, last - at)) : n])
+            at += n
+    return whole.hexdigest(), weights.hexdigest()
+
+
+def _moments_range(path: Path) -> tuple[int, int] | None:
+    """Where a file of ``write_pieces`` holds its moments: one range, as safetensors sorts by name; else None."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    weights, moments = [], []
+    for key, entry in header.items():
+        if key != "__metadata__":
+            (weights if key.startswith("weight/") else moments).append(entry["data_offsets"])
+    first, last = min(moments, default=[0])[0], max(moments, default=[0])[-1]
+    if first == last or any(start < last and first < stop for start, stop in weights):
+        return None
+    return 8 + length + first, 8 + length + last
 
 
 def piece_key(kind: str, name: str, run: Run) -> str:

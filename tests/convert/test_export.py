@@ -159,7 +159,7 @@ def test_the_card_states_the_facts(exported):
     card = (exported / "README.md").read_text()
     for fact in ("4 heads", "6: 2 in the trunk + 4 heads", "257", "2 of 20", "128 tokens: 8 x 16", "0.003 after 2"):
         assert fact in card
-    assert "| 4 | 2.5000 | 0.2500 |" in card and "trust_remote_code=True" in card
+    assert "| 4 | 2.5000 | 0.2500 |" in card and "trust_remote_code=True" in card and "4.57 or newer" in card
     size = sum(t.numel() for file in exported.glob("*.safetensors") for t in load_file(file).values())
     assert f"{size:,}" in card
     assert "/tmp" not in card and "/tmp" not in (exported / "megamtp.json").read_text()
