@@ -74,24 +74,29 @@ def forced_acceptance(model: LoadedModel, text: Path, n_windows: int = 40) -> li
     return (right / total).tolist()
 
 
-def forward_seconds(decoder: Decoder, widths: tuple[int, ...], n_rows: int, accepted: int, rounds: int = 60) -> float:
-    """Of one forward pass, the model's products alone, with PROMPT + NEW / 2 positions before it."""
-    tree, length = Tree(widths), PROMPT + NEW // 2
-    cache = decoder.new_cache(n_rows, length + tree.n_nodes, tree.n_heads)
-    tokens = torch.zeros(n_rows, tree.n_nodes, dtype=torch.long)
-    lengths, counts = [length] * n_rows, [accepted] * n_rows
-    times = []
+def forward_costs(
+    decoder: Decoder, accepted: dict[tuple[int, ...], int], n_rows: int, rounds: int = 40
+) -> dict[tuple[int, ...], float]:
+    """Median seconds of a forward pass, the model's products alone, with PROMPT + NEW / 2 positions before it.
+
+    ``accepted``: how many positions a pass with these drafts accepts. By turns, as the machine's speed wanders.
+    """
+    length, trees = PROMPT + NEW // 2, {widths: Tree(widths) for widths in accepted}
+    caches = {w: decoder.new_cache(n_rows, length + tree.n_nodes, tree.n_heads) for w, tree in trees.items()}
+    lengths, times = [length] * n_rows, {widths: [] for widths in accepted}
     with torch.inference_mode():
         for _ in range(rounds):
-            started = time.perf_counter()
-            at = decoder.next_positions(lengths, tree.n_nodes, None if tree.is_chain else tree)
-            z = decoder.trunk(tokens, at, cache)
-            decoder.head_1(z, at, cache)
-            if widths:
-                path = decoder.path_positions(lengths, counts)
-                decoder.draft(z[:, :accepted], path, torch.tensor(counts) - 1, tree.n_heads, cache)
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
+            for widths, tree in trees.items():
+                tokens, counts = torch.zeros(n_rows, tree.n_nodes, dtype=torch.long), [accepted[widths]] * n_rows
+                started = time.perf_counter()
+                at = decoder.next_positions(lengths, tree.n_nodes, None if tree.is_chain else tree)
+                z = decoder.trunk(tokens, at, caches[widths])
+                decoder.head_1(z, at, caches[widths])
+                if widths:
+                    path, last = decoder.path_positions(lengths, counts), torch.tensor(counts) - 1
+                    decoder.draft(z[:, : counts[0]], path, last, tree.n_heads, caches[widths])
+                times[widths].append(time.perf_counter() - started)
+    return {widths: statistics.median(values) for widths, values in times.items()}
 
 
 class Transformers:
@@ -194,10 +199,12 @@ def main(arguments: list[str] | None = None) -> None:
     }
     rows = []
     for batch_size in (1, BATCH):
-        plain, plain_forward = medians[f"plain b{batch_size}"], forward_seconds(model.decoder, (), batch_size, 1)
+        plain = medians[f"plain b{batch_size}"]
+        accepted = {(): 1} | {tree: round(statistics_of[tree].tokens_per_forward) for tree in widths}
+        seconds = forward_costs(model.decoder, accepted, batch_size)
         for tree in widths:
             counts = statistics_of[tree]
-            cost = forward_seconds(model.decoder, tree, batch_size, round(counts.tokens_per_forward)) / plain_forward
+            cost = seconds[tree] / seconds[()]
             gain = medians[f"{_name(tree)} b{batch_size}"] / plain
             rows.append(
                 {

@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     into.add_argument("--seed", type=int, default=0, help="of random heads (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.command == "export":
-        from megamtp.convert.export import DTYPES, export, parse_size
+        from megamtp.convert.base import DTYPES
+        from megamtp.convert.export import export, parse_size
 
         export(
             options.source,

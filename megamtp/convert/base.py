@@ -13,6 +13,8 @@ from megamtp.convert.formats import Format, logical_names, logical_shape
 from megamtp.errors import UserError
 from megamtp.model.transformer import ModelConfig
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}  # as options name them
+
 
 class Check(NamedTuple):
     """``sha256`` is of the file without its bytes [without[0], without[1])."""

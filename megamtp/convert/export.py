@@ -20,11 +20,11 @@ from megamtp.convert.model_card import model_card
 from megamtp.convert.output import new_folder
 from megamtp.convert.safetensors_file import Spec
 from megamtp.convert.source import open_source
-from megamtp.convert.stream import Item, Progress, shards, verifying, write_items
+from megamtp.convert.stream import Item, Progress, shards, write_items
 from megamtp.convert.tokenizer_files import write_tokenizer
+from megamtp.convert.verification import verifying
 from megamtp.errors import UserError
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 METADATA = {"format": "pt"}  # transformers asks for it
 REMOTE_CODE = Path(__file__).with_name("modeling_megamtp.py")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -69,7 +69,7 @@ def export(
             shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)
         progress = Progress(n_bytes + n_check, "writing and verifying" if n_check else "writing")
         try:
-            with verifying(source, progress) as verification:
+            with verifying(source, progress.add) as verification:
                 weight_map: dict[str, str] = {}
                 for i, shard in enumerate(plain, start=1):
                     name = f"model-{i:05d}-of-{len(plain):05d}.safetensors"

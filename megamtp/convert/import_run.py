@@ -22,8 +22,9 @@ from megamtp.convert.imported import TOKENIZER, Imported
 from megamtp.convert.output import new_folder
 from megamtp.convert.safetensors_file import Spec
 from megamtp.convert.source import open_source
-from megamtp.convert.stream import Item, Progress, shards, verifying, write_items
+from megamtp.convert.stream import Item, Progress, shards, write_items
 from megamtp.convert.tokenizer_files import write_tokenizer
+from megamtp.convert.verification import verifying
 from megamtp.files import write_atomic
 from megamtp.model.initialize import initialize_
 from megamtp.model.transformer import ModelConfig
@@ -80,7 +81,7 @@ def import_run(
         Imported(origin, original.dtype, source.context, source.eos_id, source.facts).write(folder)
         progress = Progress(n_bytes + n_check, "writing and verifying" if n_check else "writing")
         try:
-            with verifying(source, progress) as verification:
+            with verifying(source, progress.add) as verification:
                 entries = []
                 for i, part in enumerate(files):
                     path = checkpoint / f"weights-{i:05d}.safetensors"

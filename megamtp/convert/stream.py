@@ -1,24 +1,20 @@
-"""From a source to files, a block of rows at a time, while other threads check the source's checksums."""
+"""From a source to files, a block of rows at a time."""
 
-import hashlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Lock
+from threading import Lock
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megamtp.convert.base import Check, Source, row_blocks
+from megamtp.convert.base import Source, row_blocks
 from megamtp.convert.safetensors_file import Spec, StreamWriter
+from megamtp.convert.verification import Verification
 from megamtp.errors import UserError
 
 BLOCK_BYTES = 16 << 20  # of fp32 rows; a few of these are all the memory that a conversion takes
-READ_BYTES = 1 << 22
-THREADS = 2  # that compare checksums
 
 
 class Item(NamedTuple):
@@ -54,51 +50,6 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
-
-
-class Verification:
-    """The comparison of checksums that runs beside the conversion."""
-
-    def __init__(self, futures: list[Future]):
-        self._futures = futures
-
-    def raise_if_failed(self) -> None:
-        """``UserError`` where damage is known already."""
-        for future in self._futures:
-            if future.done():
-                future.result()
-
-    def wait(self) -> None:
-        """``UserError`` where a file is damaged."""
-        for future in self._futures:
-            future.result()
-
-
-@contextmanager
-def verifying(source: Source, progress: Progress) -> Iterator[Verification]:
-    """Compare the source's checksums in threads; leaving ends them."""
-    stop = Event()
-
-    def compare(check: Check) -> None:
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
-        with open(check.path, "rb", buffering=0) as file:
-            for at, end in ((0, check.without[0]), (check.without[1], check.file_bytes)):
-                file.seek(at)
-                while at < end and not stop.is_set() and (n := file.readinto(buffer[: end - at])):
-                    digest.update(buffer[:n])
-                    progress.add(n)
-                    at += n
-        if not stop.is_set() and digest.hexdigest() != check.sha256:
-            raise UserError(f"{check.path}: damaged, its checksum is wrong; use an earlier checkpoint")
-
-    with ThreadPoolExecutor(THREADS) as threads:
-        futures = [threads.submit(compare, check) for check in source.checks()]
-        try:
-            yield Verification(futures)
-        finally:
-            stop.set()
-            for future in futures:
-                future.cancel()
 
 
 def write_items(

@@ -1,19 +1,19 @@
 """Open a trained model for decoding: weights, tokenizer, context."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from megamtp.convert.base import DTYPES as STORED_DTYPES
 from megamtp.convert.base import Source
 from megamtp.convert.source import open_source
+from megamtp.convert.verification import verifying
 from megamtp.data.tokenizer import Tokenizer, load_tokenizer
 from megamtp.errors import UserError
 from megamtp.inference.decoder import Decoder
-from megamtp.training.pieces import sha256
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+DTYPES = {**STORED_DTYPES, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,7 @@ def _device(name: torch.device | str | None) -> torch.device:
 
 def load_decoder(source: Source, context: int, dtype: torch.dtype, device: torch.device) -> Decoder:
     """Read the weights. ``UserError`` for a file whose checksum is on record and wrong."""
-    with ThreadPoolExecutor(2) as threads:  # hashing releases the interpreter while the weights are read
-        sums = source.checksums()
-        hashes = threads.map(sha256, sums)
+    with verifying(source) as verification:
         decoder = Decoder(source.config, lambda name: source.tensor(name).to(device, dtype), context)
-        for (file, expected), found in zip(sums.items(), hashes, strict=True):
-            if found != expected:
-                raise UserError(f"{file}: damaged, its checksum is wrong; use an earlier checkpoint")
+        verification.wait()
     return decoder

@@ -88,11 +88,11 @@ def naive_order(weights, count):
     """Source by source and sample by sample, with fractions."""
     shares = [Fraction(weight, sum(weights)) for weight in weights]
     taken, order = [0] * len(weights), []
-    for now in range(count):
+    for place in range(count):
         jobs = [
             (math.ceil((done + 1) / share), i)
             for i, (done, share) in enumerate(zip(taken, shares, strict=True))
-            if share and math.floor(done / share) <= now
+            if share and math.floor(done / share) <= place
         ]
         order.append(min(jobs)[1])
         taken[order[-1]] += 1
