@@ -24,8 +24,8 @@ from megamtp.data.indexed_dataset import (
     IndexedDataset,
     bin_path,
     idx_path,
-    is_manifest,
     manifest_path,
+    refuse_foreign_manifest,
 )
 from megamtp.errors import UserError
 from megamtp.files import discard, open_temporary, publish, remove, remove_leftovers, sync
@@ -69,7 +69,7 @@ class IndexedDatasetWriter:
         self._range = np.iinfo(self.dtype)
         self.n_tokens = self.n_sequences = self.n_documents = 0
         self._max_token = -1
-        _refuse_foreign(manifest_path(prefix))
+        refuse_foreign_manifest(manifest_path(prefix))
         if alive := remove_leftovers(bin_path(prefix)):
             raise UserError(
                 f"{prefix}: another process is writing it ({alive[0].name}); wait, or choose another output"
@@ -184,12 +184,6 @@ class IndexedDatasetWriter:
             discard(self._bin.file)
             self._lengths.close()
             self._boundaries.close()
-
-
-def _refuse_foreign(manifest: Path) -> None:
-    """What has a manifest's name and is none, a tokenizer or the text itself, must not be replaced by one."""
-    if manifest.exists() and not is_manifest(manifest):
-        raise UserError(f"{manifest}: is in the way, it is no data set's manifest; move it or choose another output")
 
 
 class _Hashed:

@@ -49,11 +49,14 @@ def manifest_path(prefix: Path | str) -> Path:
     return Path(f"{prefix}.json")
 
 
-def is_manifest(path: Path) -> bool:
-    """Whether an existing file begins as manifests do, or is empty."""
+def refuse_foreign_manifest(path: Path) -> None:
+    """``UserError`` for a file that a manifest must not replace: a tokenizer or the text itself, named as one."""
+    if not path.exists():
+        return
     with open(path, "rb") as file:
         beginning = file.read(256)
-    return not beginning.strip() or MANIFEST_FORMAT.encode() in beginning
+    if beginning.strip() and MANIFEST_FORMAT.encode() not in beginning:
+        raise UserError(f"{path}: is in the way, it is no data set's manifest; move it or choose another output")
 
 
 class IndexedDataset:

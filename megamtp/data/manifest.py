@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from megamtp.data.dataset_writer import CHUNK_BYTES, WrittenPair
-from megamtp.data.indexed_dataset import MANIFEST_FORMAT, IndexedDataset, bin_path, idx_path, is_manifest, manifest_path
+from megamtp.data.indexed_dataset import (
+    MANIFEST_FORMAT,
+    IndexedDataset,
+    bin_path,
+    idx_path,
+    manifest_path,
+    refuse_foreign_manifest,
+)
 from megamtp.errors import UserError
 from megamtp.files import write_atomic
 
@@ -70,8 +77,7 @@ class Manifest:
     def write(self, prefix: Path | str) -> None:
         """Write ``PREFIX.json``, whole or not at all. ``UserError`` where another kind of file has that name."""
         path = manifest_path(prefix)
-        if path.exists() and not is_manifest(path):
-            raise UserError(f"{path}: is in the way, it is no data set's manifest; move it away")
+        refuse_foreign_manifest(path)
         values = {"format": MANIFEST_FORMAT, "version": VERSION, **dataclasses.asdict(self)}
         write_atomic(path, (json.dumps(values, indent=2) + "\n").encode())
 
