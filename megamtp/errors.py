@@ -1,6 +1,7 @@
 """Exceptions that are told to the user in one line, and the exit codes that a command turns them into."""
 
 import functools
+import signal
 import sys
 
 
@@ -21,12 +22,19 @@ def exits_cleanly(main):
             return main(*args, **kwargs)
         except (UserError, RunFailure) as error:
             print(f"{_rank_prefix()}error: {error}", file=sys.stderr)
-            sys.exit(2 if isinstance(error, UserError) else 1)
-        except KeyboardInterrupt:
+            sys.exit(exit_code(error))
+        except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(exit_code(error))
 
     return wrapper
+
+
+def exit_code(error: BaseException) -> int:
+    """What a command that ``error`` ends exits with."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    return 2 if isinstance(error, UserError) else 1
 
 
 def _rank_prefix() -> str:

@@ -10,12 +10,12 @@ import dataclasses
 import json
 import signal
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
+from megamtp.data.manifest import Manifest
 from megamtp.data.preprocess.encode import preprocess, require_documents
 from megamtp.errors import UserError, exits_cleanly
-from megamtp.parallel.environment import launch_environment, mpi_world
+from megamtp.parallel.environment import LaunchEnvironment, launch_environment, mpi_ranks
 
 
 @exits_cleanly
@@ -41,40 +41,45 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit cleans up as a Ctrl-C does
 
     environment = launch_environment()
-    if environment.world_size > 1 and options.shard:
-        raise UserError(f"--shard: {environment.launcher} shares out the input itself; leave it out")
-    if environment.world_size > 1 and not find_spec("mpi4py"):
-        raise UserError("ranks need mpi4py to meet; pip install mpi4py, or give each task its own --shard I/N")
-    index, count = options.shard or environment[:2]
-    prefix = shard_prefix(options.output, index, count)
-    manifest = preprocess(
+    if environment.world_size == 1:
+        manifest = preprocess_shard(options, options.shard or (0, 1))
+    else:
+        manifest = preprocess_by_ranks(options, environment)
+    if manifest is None:
+        return
+    if manifest.skipped:
+        print(f"{manifest.skipped:,} malformed documents skipped", file=sys.stderr)
+    print(json.dumps(dataclasses.asdict(manifest)))
+
+
+def preprocess_shard(options: argparse.Namespace, shard: tuple[int, int], progress: bool = True) -> Manifest:
+    return preprocess(
         options.input,
         options.tokenizer,
-        prefix,
+        shard_prefix(options.output, *shard),
         options.text_key,
         options.eod,
         workers=options.workers,
         on_error=options.on_error,
-        shard=(index, count),
-        progress=environment.rank == 0,
+        shard=shard,
+        progress=progress,
     )
-    if environment.world_size > 1:
-        shards = [shard_prefix(options.output, i, count) for i in range(count)]
-        advice = f"join what is there: tools/merge_data.py --input {shards[0]} ... --output {options.output}"
-        try:
-            world = mpi_world(environment, advice)
-        except ImportError as error:
-            raise UserError(f"mpi4py: cannot be used ({' '.join(str(error).split())}); {advice}") from None
-        documents, skipped = (sum(world.allgather(n)) for n in (manifest.documents, manifest.skipped))
+
+
+def preprocess_by_ranks(options: argparse.Namespace, environment: LaunchEnvironment) -> Manifest | None:
+    """Every rank makes a shard, rank 0 joins them and has the whole's manifest."""
+    if options.shard:
+        raise UserError(f"--shard: {environment.launcher} shares out the input itself; leave it out")
+    with mpi_ranks(environment, "give each task its own --shard I/N, and join them with tools/merge_data.py") as world:
+        rank, count = environment[:2]
+        part = preprocess_shard(options, (rank, count), progress=rank == 0)
+        documents, skipped = (sum(world.allgather(n)) for n in (part.documents, part.skipped))
         require_documents(documents, skipped, options.input)
-        if environment.rank:
-            return
+        if rank:
+            return None
         from megamtp.data.merge import merge
 
-        manifest = merge(shards, options.output, progress=True, remove=True)
-    if manifest.skipped:
-        print(f"{manifest.skipped:,} malformed documents skipped", file=sys.stderr)
-    print(json.dumps(dataclasses.asdict(manifest)))
+        return merge([shard_prefix(options.output, i, count) for i in range(count)], options.output, True, remove=True)
 
 
 def shard_prefix(output: str, index: int, count: int) -> Path:

@@ -3,14 +3,16 @@
 Nothing here imports torch: a wrong launch is refused before the seconds that torch takes.
 """
 
+import contextlib
 import os
 import re
 import socket
 import subprocess
 import zlib
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-from megamtp.errors import UserError
+from megamtp.errors import UserError, exit_code
 
 
 class LaunchEnvironment(NamedTuple):
@@ -92,6 +94,26 @@ def mpi_world(environment: LaunchEnvironment, advice: str):
             f"MPI ({MPI.Get_library_version().split(',')[0].strip()}); rebuild it with this one's mpicc or {advice}"
         )
     return world
+
+
+@contextlib.contextmanager
+def mpi_ranks(environment: LaunchEnvironment, advice: str) -> Iterator[Any]:
+    """``mpi_world`` for a job whose ranks end together: where the block raises, exiting ends the others, by MPI_Abort.
+
+    Enter it before a rank can fail: Open MPI's mpirun hangs where one ends while another is still starting MPI.
+    ``UserError``, ending in ``advice``, where mpi4py is of no use.
+    """
+    try:
+        world = mpi_world(environment, advice)
+    except ImportError as error:
+        raise UserError(f"mpi4py: cannot be used ({' '.join(str(error).split())}); {advice}") from None
+    try:
+        yield world
+    except BaseException as error:
+        from mpi4py.run import set_abort_status
+
+        set_abort_status(exit_code(error))
+        raise
 
 
 def _place(launcher: _Launcher) -> LaunchEnvironment:
