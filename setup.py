@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["megamtp", "megamtp.*"]),
+    package_data={"megamtp.inference.native": ["*.c"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed==0.19.8",

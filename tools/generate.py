@@ -19,7 +19,7 @@ import torch
 from megamtp.errors import UserError, exits_cleanly
 from megamtp.files import discard, open_temporary, publish
 from megamtp.inference.generate import Generation, check_request, draft_widths, generate
-from megamtp.inference.load import DTYPES, LoadedModel, load_model
+from megamtp.inference.load import BACKENDS, DTYPES, LoadedModel, load_model
 from megamtp.inference.sampling import Sampling
 from megamtp.inference.text import TextStream
 
@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         context=options.context,
         dtype=options.dtype,
         device=options.device,
+        backend=options.backend,
     )
     prompts = [model.tokenizer.encode(line["prompt"]) for line in lines]
     settings = {
@@ -167,6 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, help="positions; where the model's folder does not tell")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", help="default: the GPU if there is one")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="native = compiled blocks, on a CPU in fp32 (default: auto)"
+    )
     parser.add_argument("--compare", action="store_true", help="decode without drafts too, and tell both speeds")
     return parser
 

@@ -1,8 +1,9 @@
 """The forward pass of decoding: only new positions are computed, keys and values of the others come from the cache.
 
 The same model as ``megamtp.model``, laid out for few positions at a time: products that read the same input are one
-product, and rotary pairs lie side by side, so that turning them is one complex multiplication. Shapes: b rows, t new
-positions, d dim, h query heads, g key/value heads, r = h / g, hd head_dim, f ffn_dim, V vocabulary without padding.
+product, and rotary pairs lie side by side, so that turning them is one complex multiplication. On any device, in any
+dtype; ``megamtp.inference.native`` is faster on a CPU in fp32. Shapes: b rows, t new positions, d dim, h query heads,
+g key/value heads, r = h / g, hd head_dim, f ffn_dim, V vocabulary without padding.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megamtp.inference.cache import KVCache
-from megamtp.inference.product import Product
 from megamtp.inference.tree import Tree
 from megamtp.model.transformer import ModelConfig
 from megamtp.ops.elementwise import rotary_table, swiglu
@@ -35,7 +35,7 @@ class Positions:
 class BlockWeights:
     """One transformer block, its products fused."""
 
-    def __init__(self, prefix: str, config: ModelConfig, tensor: Callable[[str], Tensor], scale_norm: float):
+    def __init__(self, prefix: str, config: ModelConfig, tensor: Callable[[str], Tensor]):
         def of(*names: str) -> Tensor:
             return torch.cat([tensor(f"{prefix}.{name}.weight") for name in names])
 
@@ -45,13 +45,11 @@ class BlockWeights:
         turned = wqkv[:n_rotated].unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)
         wqkv[:n_rotated] = turned.flatten(0, 2)
         n_queries = config.n_heads * config.head_dim
-        self.wqkv = Product(wqkv)
-        self.wq, self.wkv = self.wqkv.outputs(0, n_queries), self.wqkv.outputs(n_queries)
-        self.wo = Product(of("attention.wo"))
-        self.w13 = Product(of("feed_forward.w1", "feed_forward.w3"))  # (2f, d)
-        self.w2 = Product(of("feed_forward.w2"))
-        self.attention_norm = of("attention_norm") * scale_norm
-        self.ffn_norm = of("ffn_norm") * scale_norm
+        self.wqkv, self.wq, self.wkv = wqkv, wqkv[:n_queries], wqkv[n_queries:]
+        self.wo = of("attention.wo")
+        self.w13 = of("feed_forward.w1", "feed_forward.w3")  # (2f, d)
+        self.w2 = of("feed_forward.w2")
+        self.attention_norm, self.ffn_norm = of("attention_norm"), of("ffn_norm")
 
 
 class Decoder:
@@ -64,15 +62,11 @@ class Decoder:
     def __init__(self, config: ModelConfig, tensor: Callable[[str], Tensor], context: int):
         self.config, self.context = config, context
         self.embedding = tensor("tok_embeddings.weight")[: config.vocab_size]
-        self.unembedding = Product(tensor("output.weight")[: config.vocab_size])
+        self.unembedding = tensor("output.weight")[: config.vocab_size]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
-        # PyTorch's rms_norm is one kernel on a GPU, but seven on a CPU.
-        self._own_norm = self.device.type == "cpu" and self.dtype in (torch.float32, torch.float64)
-        scale = config.dim**0.5 if self._own_norm else 1.0
-        self.norm_weight = tensor("norm.weight") * scale
-        self._norm_eps = torch.tensor(config.norm_eps * config.dim, dtype=self.dtype, device=self.device)
+        self.norm_weight = tensor("norm.weight")
         names = [*(f"layers.{i}" for i in range(config.n_trunk_layers)), *(f"heads.{k}" for k in range(self.n_heads))]
-        self.blocks = [BlockWeights(name, config, tensor, scale) for name in names]
+        self.blocks = [BlockWeights(name, config, tensor) for name in names]
         self._angles = _complex_angles(config, context, self.dtype, self.device)
 
     @property
@@ -167,7 +161,7 @@ class Decoder:
     def _block(self, layer: int, x: Tensor, at: Positions, cache: KVCache) -> Tensor:
         weights, config = self.blocks[layer], self.config
         b, t, _ = x.shape
-        qkv = weights.wqkv(self._norm(x, weights.attention_norm)).view(b, t, -1, config.head_dim)
+        qkv = F.linear(self._norm(x, weights.attention_norm), weights.wqkv).view(b, t, -1, config.head_dim)
         n_rotated = config.n_heads + config.kv_heads
         _rotate_(qkv[:, :, :n_rotated], at.rotary)
         cache.write(layer, at.rows, at.slots, qkv[:, :, config.n_heads :])
@@ -178,21 +172,21 @@ class Decoder:
             out = out.transpose(1, 2).reshape(b, t, -1)
         else:
             out = self._attend(qkv[:, :, : config.n_heads], layer, at, cache)
-        return self._feed_forward(x + weights.wo(out), weights)
+        return self._feed_forward(x + F.linear(out, weights.wo), weights)
 
     def _block_at(self, layer: int, x: Tensor, at: Positions, last: Tensor, cache: KVCache) -> Tensor:
         """``_block`` whose output is wanted at one position a row: (b, t, d) -> (b, 1, d)."""
         weights, config = self.blocks[layer], self.config
         b, t, _ = x.shape
         normed = self._norm(x, weights.attention_norm)
-        kv = weights.wkv(normed).view(b, t, -1, config.head_dim)
+        kv = F.linear(normed, weights.wkv).view(b, t, -1, config.head_dim)
         _rotate_(kv[:, :, : config.kv_heads], at.rotary)
         cache.write(layer, at.rows, at.slots, kv)
         here = torch.arange(b, device=self.device)[:, None], last[:, None]
-        q = weights.wq(normed[here]).view(b, 1, -1, config.head_dim)
+        q = F.linear(normed[here], weights.wq).view(b, 1, -1, config.head_dim)
         _rotate_(q, at.rotary[here])
         out = self._attend(q, layer, at, cache)
-        return self._feed_forward(x[here] + weights.wo(out), weights)
+        return self._feed_forward(x[here] + F.linear(out, weights.wo), weights)
 
     def _attend(self, q: Tensor, layer: int, at: Positions, cache: KVCache) -> Tensor:
         """q (b, t, h, hd) -> (b, t, h hd). Query heads that share keys and values count as more queries of one head."""
@@ -204,18 +198,14 @@ class Decoder:
         return out.unflatten(2, (h // g, t)).permute(0, 3, 1, 2, 4).reshape(b, t, h * hd)
 
     def _feed_forward(self, x: Tensor, weights: BlockWeights) -> Tensor:
-        gate, up = weights.w13(self._norm(x, weights.ffn_norm)).chunk(2, -1)
-        return x + weights.w2(swiglu(gate, up))
+        gate, up = F.linear(self._norm(x, weights.ffn_norm), weights.w13).chunk(2, -1)
+        return x + F.linear(swiglu(gate, up), weights.w2)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self.unembedding(self._norm(x, self.norm_weight))
+        return F.linear(self._norm(x, self.norm_weight), self.unembedding)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        if not self._own_norm:
-            return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        # sqrt(d) / sqrt(|x|^2 + d eps), with the sqrt(d) in the weight.
-        return (x * torch.addcmul(self._norm_eps, length, length).rsqrt_()).mul_(weight)
+        return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
 
 
 def _complex_angles(config: ModelConfig, n_positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:

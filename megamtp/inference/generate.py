@@ -9,6 +9,7 @@ import torch
 
 from megamtp.errors import UserError
 from megamtp.inference.decoder import Decoder
+from megamtp.inference.native.decoder import NativeDecoder
 from megamtp.inference.sampling import Sampling
 from megamtp.inference.speculative import SpeculativeDecoder, Statistics
 from megamtp.inference.tree import Tree
@@ -38,7 +39,7 @@ class Generation:
 
 
 def generate(
-    decoder: Decoder,
+    decoder: Decoder | NativeDecoder,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
@@ -112,7 +113,9 @@ def generate(
             add(index, new)
 
 
-def check_request(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> None:
+def check_request(
+    decoder: Decoder | NativeDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
+) -> None:
     """``UserError`` for what ``generate`` would not do."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")

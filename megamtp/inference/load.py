@@ -1,5 +1,6 @@
 """Open a trained model for decoding: weights, tokenizer, context."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,16 @@ from megamtp.convert.verification import verifying
 from megamtp.data.tokenizer import Tokenizer, load_tokenizer
 from megamtp.errors import UserError
 from megamtp.inference.decoder import Decoder
+from megamtp.inference.native.build import CannotBuild, library
+from megamtp.inference.native.decoder import NativeDecoder
 
+BACKENDS = ("auto", "native", "torch")
 DTYPES = {**STORED_DTYPES, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    decoder: Decoder
+    decoder: Decoder | NativeDecoder
     source: Source
     tokenizer: Tokenizer
     context: int  # positions
@@ -39,13 +43,17 @@ def load_model(
     context: int | None = None,
     dtype: str | None = None,
     device: torch.device | str | None = None,
+    backend: str = "auto",
 ) -> LoadedModel:
     """The model in a folder: of a run, a checkpoint, an export, a Hugging Face Llama, Meta's release.
 
     ``tokenizer`` and ``context`` stand in where the folder does not tell them. Default dtype: bf16 on a GPU, fp32 on a
-    CPU. Raises ``UserError`` for a folder that is no model, for damaged files, and for what nothing tells.
+    CPU. ``backend``: "native", compiled blocks, for a CPU in fp32; "torch"; "auto", the former where it can be had.
+    Raises ``UserError`` for a folder that is no model, for damaged files, and for what nothing tells.
     """
     device = _device(device)
+    dtype = DTYPES[dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    kind = _decoder_class(backend, dtype, device)
     source = open_source(path)
     tokenizer = tokenizer or source.tokenizer
     if tokenizer is None:
@@ -59,7 +67,7 @@ def load_model(
     context = context or source.context
     if context is None:
         raise UserError(f"{path}: does not say how long its context is; give --context TOKENS")
-    decoder = load_decoder(source, context, DTYPES[dtype or ("bf16" if device.type == "cuda" else "fp32")], device)
+    decoder = load_decoder(source, context, dtype, device, kind)
     return LoadedModel(decoder, source, loaded_tokenizer, context)
 
 
@@ -74,9 +82,31 @@ def _device(name: torch.device | str | None) -> torch.device:
     return device
 
 
-def load_decoder(source: Source, context: int, dtype: torch.dtype, device: torch.device) -> Decoder:
+def load_decoder(
+    source: Source,
+    context: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kind: type[Decoder] | type[NativeDecoder] = Decoder,
+) -> Decoder | NativeDecoder:
     """Read the weights. ``UserError`` for a file whose checksum is on record and wrong."""
     with verifying(source) as verification:
-        decoder = Decoder(source.config, lambda name: source.tensor(name).to(device, dtype), context)
+        decoder = kind(source.config, lambda name: source.tensor(name).to(device, dtype), context)
         verification.wait()
     return decoder
+
+
+def _decoder_class(backend: str, dtype: torch.dtype, device: torch.device) -> type[Decoder] | type[NativeDecoder]:
+    able = device.type == "cpu" and dtype == torch.float32
+    if backend == "native" and not able:
+        raise UserError("--backend native: computes in fp32 on a CPU alone; add --device cpu --dtype fp32")
+    if backend == "torch" or not able:
+        return Decoder
+    try:
+        library()
+    except CannotBuild as error:
+        if backend == "native":
+            raise UserError(f"--backend native: {error}; mend that, or use --backend torch") from None
+        print(f"decoding in PyTorch, several times slower than by compiled blocks: {error}", file=sys.stderr)
+        return Decoder
+    return NativeDecoder

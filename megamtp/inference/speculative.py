@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megamtp.inference.decoder import Decoder, Positions
+from megamtp.inference.native.decoder import NativeDecoder, NativePositions
 from megamtp.inference.sampling import Sampling, draw
 from megamtp.inference.tree import Tree
 
@@ -52,7 +53,7 @@ class SpeculativeDecoder:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | NativeDecoder,
         tree: Tree,
         sampling: Sampling,
         n_rows: int,
@@ -144,7 +145,7 @@ class SpeculativeDecoder:
         last = torch.tensor(counts, device=z.device) - 1
         return self._draft(z, self.decoder.path_positions(lengths, counts), last)
 
-    def _draft(self, z: Tensor, at: Positions, last: Tensor) -> tuple[list[list[int]], Tensor | None]:
+    def _draft(self, z: Tensor, at: Positions | NativePositions, last: Tensor) -> tuple[list[list[int]], Tensor | None]:
         """(each row's drafts in the tree's order, the distributions (b, heads, V) that they were drawn from)."""
         tree = self.tree
         if not tree.widths:

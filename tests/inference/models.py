@@ -9,6 +9,7 @@ import textwrap
 import torch
 
 from megamtp.inference.decoder import Decoder
+from megamtp.inference.native.decoder import NativeDecoder
 from megamtp.model.heads import HeadsConfig
 from megamtp.model.model import MultiTokenModel, build_model, logical_parameters
 from megamtp.model.transformer import ModelConfig
@@ -30,9 +31,11 @@ def parameters_of(model: MultiTokenModel) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in logical_parameters(model)}
 
 
-def decoder_of(model: MultiTokenModel, dtype: torch.dtype = torch.float64, context: int = CONTEXT) -> Decoder:
+def decoder_of(
+    model: MultiTokenModel, dtype: torch.dtype = torch.float64, context: int = CONTEXT, kind: type = Decoder
+) -> Decoder | NativeDecoder:
     parameters = parameters_of(model)
-    return Decoder(model.config, lambda name: parameters[name].to(dtype), context)
+    return kind(model.config, lambda name: parameters[name].to(dtype), context)
 
 
 @functools.cache

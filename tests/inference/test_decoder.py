@@ -4,16 +4,27 @@ import pytest
 import torch
 
 from megamtp.inference.decoder import Decoder
+from megamtp.inference.native.decoder import NativeDecoder
 from megamtp.inference.tree import Tree
 from tests.inference.models import decoder_of, parameters_of
 from tests.model.llama import random_model, small_config
 
-EXACT = 1e-12
+# (the class, its dtype, how far its logits may be from the training model's in fp64)
+KINDS = [
+    pytest.param((Decoder, torch.float64, 1e-12), id="torch"),
+    pytest.param((NativeDecoder, torch.float32, 1e-5), id="native"),
+]
+every_kind = pytest.mark.parametrize("kind", KINDS)
 GROUPED = pytest.mark.parametrize("n_kv_heads", [None, 2, 1], ids=["mha", "gqa", "mqa"])
 
 
-def model_of(n_kv_heads=2):
-    return random_model(small_config(n_layers=6, n_future_tokens=4, n_kv_heads=n_kv_heads), seed=1, dtype=torch.float64)
+def model_of(n_kv_heads=2, **config):
+    config = small_config(n_layers=6, n_future_tokens=4, n_kv_heads=n_kv_heads, **config)
+    return random_model(config, seed=1, dtype=torch.float64)
+
+
+def decoder_and_tolerance(model, kind):
+    return decoder_of(model, kind[1], kind=kind[0]), kind[2]
 
 
 def random_tokens(*shape, seed=0):
@@ -22,10 +33,37 @@ def random_tokens(*shape, seed=0):
 
 @torch.inference_mode()
 @GROUPED
-def test_all_heads_give_the_training_models_logits(n_kv_heads):
+@every_kind
+def test_all_heads_give_the_training_models_logits(n_kv_heads, kind):
     model = model_of(n_kv_heads)
-    tokens = random_tokens(1, 20)
-    assert (decoder_of(model).all_heads(tokens) - model(tokens)[:, 0]).abs().max() < EXACT
+    decoder, tolerance = decoder_and_tolerance(model, kind)
+    for length in (1, 20, 60):
+        tokens = random_tokens(1, length)
+        assert (decoder.all_heads(tokens) - model(tokens)[:, 0]).abs().max() < tolerance
+
+
+@torch.inference_mode()
+@every_kind
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {
+            "dim": 144,
+            "n_heads": 2,
+            "n_kv_heads": 1,
+            "ffn_dim": 40,
+            "init_std": 0.05,
+        },  # heads wider than a panel, not whole panels
+        {"dim": 256, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 96, "init_std": 0.05},
+        {"dim": 36, "n_heads": 6, "n_kv_heads": 3, "ffn_dim": 7},
+    ],
+    ids=str,
+)
+def test_sizes_need_not_be_round(shape, kind):
+    model = model_of(**shape)
+    decoder, tolerance = decoder_and_tolerance(model, kind)
+    tokens = random_tokens(1, 45)
+    assert (decoder.all_heads(tokens) - model(tokens)[:, 0]).abs().max() < tolerance
 
 
 @torch.inference_mode()
@@ -41,19 +79,20 @@ def test_narrower_dtypes_compute_the_same(dtype, tolerance):
 
 @torch.inference_mode()
 @GROUPED
+@every_kind
 @pytest.mark.parametrize("n_new", [1, 3])
-def test_rows_of_different_lengths_see_their_own_past(n_kv_heads, n_new):
+def test_rows_of_different_lengths_see_their_own_past(n_kv_heads, n_new, kind):
     """Prompts of 4, 9 and 6 tokens side by side, then ``n_new`` tokens each: what the whole sequences give."""
     model = model_of(n_kv_heads)
-    decoder, lengths = decoder_of(model), [4, 9, 6]
+    (decoder, tolerance), lengths = decoder_and_tolerance(model, kind), [4, 9, 6]
     sequences = [random_tokens(length + n_new, seed=length) for length in lengths]
     cache = decoder.new_cache(4, 16, 3)
     for row, (tokens, length) in enumerate(zip(sequences, lengths, strict=True)):
         at = decoder.prompt_positions(row, length)
         z = decoder.trunk(tokens[None, :length], at, cache)
         whole = model(tokens[None, :length])[:, 0, -1]
-        assert (decoder.head_1_at_end(z, at, cache)[0, 0] - whole[0]).abs().max() < EXACT
-        assert (decoder.draft(z, at, torch.tensor([length - 1]), 3, cache)[0] - whole[1:]).abs().max() < EXACT
+        assert (decoder.head_1_at_end(z, at, cache)[0, 0] - whole[0]).abs().max() < tolerance
+        assert (decoder.draft(z, at, torch.tensor([length - 1]), 3, cache)[0] - whole[1:]).abs().max() < tolerance
     at = decoder.next_positions(lengths, n_new)
     z = decoder.trunk(torch.stack([tokens[-n_new:] for tokens in sequences]), at, cache)
     logits = decoder.head_1(z, at, cache)
@@ -62,14 +101,15 @@ def test_rows_of_different_lengths_see_their_own_past(n_kv_heads, n_new):
     drafts = decoder.draft(z, path, torch.tensor(counts) - 1, 3, cache)
     for row, tokens in enumerate(sequences):
         whole = model(tokens[None])[:, 0]
-        assert (logits[row] - whole[0, -n_new:]).abs().max() < EXACT
-        assert (drafts[row] - whole[1:, lengths[row] + counts[row] - 1]).abs().max() < EXACT
+        assert (logits[row] - whole[0, -n_new:]).abs().max() < tolerance
+        assert (drafts[row] - whole[1:, lengths[row] + counts[row] - 1]).abs().max() < tolerance
 
 
 @torch.inference_mode()
-def test_a_tree_is_all_of_its_branches_at_once():
+@every_kind
+def test_a_tree_is_all_of_its_branches_at_once(kind):
     model = model_of()
-    decoder, tree = decoder_of(model), Tree((2, 3, 1))
+    (decoder, tolerance), tree = decoder_and_tolerance(model, kind), Tree((2, 3, 1))
     prompt = random_tokens(7)
     nodes = random_tokens(tree.n_nodes, seed=3)
     cache = decoder.new_cache(1, 7 + tree.n_nodes, 0)
@@ -81,14 +121,15 @@ def test_a_tree_is_all_of_its_branches_at_once():
         while branch[0]:
             branch.insert(0, tree.parents[branch[0]])
         whole = model(torch.cat([prompt, nodes[branch]])[None])[0, 0, -1]
-        assert (logits[node] - whole).abs().max() < EXACT, node
+        assert (logits[node] - whole).abs().max() < tolerance, node
 
 
-def test_padding_rows_of_the_vocabulary_are_left_out():
+@every_kind
+def test_padding_rows_of_the_vocabulary_are_left_out(kind):
     model = model_of()
     assert len(parameters_of(model)["output.weight"]) == 64
     with torch.inference_mode():
-        assert decoder_of(model).all_heads(random_tokens(1, 3)).shape == (4, 3, 50)
+        assert decoder_and_tolerance(model, kind)[0].all_heads(random_tokens(1, 3)).shape == (4, 3, 50)
 
 
 def test_trees():

@@ -11,6 +11,7 @@ from megamtp.data.tokenizer import ByteTokenizer, load_tokenizer
 from megamtp.errors import UserError
 from megamtp.inference.generate import draft_widths, generate
 from megamtp.inference.load import load_model
+from megamtp.inference.native import build
 from megamtp.inference.text import TextStream
 from megamtp.training.checkpoint import Checkpoint, latest_checkpoint
 from tests.distributed import run_rank
@@ -34,12 +35,29 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_a_run_is_loaded_from_its_newest_checkpoint(run):
-    model = load_model(run, device="cpu")
+    model = load_model(run, device="cpu", backend="torch")
     saved = tensors(Checkpoint.open(latest_checkpoint(run / "checkpoints")))
     assert torch.equal(model.decoder.embedding, saved["tok_embeddings.weight"][:257])
-    assert torch.equal(model.decoder.blocks[-1].w2.weight, saved["heads.3.feed_forward.w2.weight"])
+    assert torch.equal(model.decoder.blocks[-1].w2, saved["heads.3.feed_forward.w2.weight"])
     assert model.context == model.decoder.context and model.eos_id is not None
     assert load_model(run, dtype="bf16").decoder.dtype == torch.bfloat16
+
+
+def test_without_a_compiler_pytorch_decodes_and_it_is_said(run, tmp_path, capsys, monkeypatch):
+    arguments = [str(run), "--prompt", "def f", "--max-new-tokens", "3"]
+    command.main(arguments)
+    native = capsys.readouterr()
+    monkeypatch.setenv("CC", str(tmp_path / "none"))
+    build.library.cache_clear()
+    try:
+        command.main(arguments)
+        torch_alone = capsys.readouterr()
+        refused = refusal([*arguments, "--backend", "native"], capsys)
+    finally:
+        build.library.cache_clear()
+    assert "in PyTorch, several times slower than by compiled blocks: there is no C compiler" in torch_alone.err
+    assert "PyTorch" not in native.err and native.out == torch_alone.out
+    assert "--backend native: there is no C compiler" in refused
 
 
 def test_prompt_file_and_standard_input_are_the_same_prompt(run, tmp_path, capsys, monkeypatch):
@@ -101,6 +119,7 @@ WRONG = [
     (["--jsonl", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
     (["--prompt", "x", "--tokenizer", "nowhere.json"], "nowhere.json"),
     (["--prompt", "x", "--device", "cuda:9"], "--device cuda:9"),
+    (["--prompt", "x", "--backend", "native", "--dtype", "bf16"], "--backend native: computes in fp32 on a CPU"),
 ]
 
 

@@ -1,0 +1,1 @@
+"""Decoding on a CPU by compiled blocks: the fast backend of ``megamtp.inference.decoder``."""

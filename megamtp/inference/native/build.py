@@ -1,0 +1,62 @@
+"""Compile ``blocks.c`` once per source, compiler and kind of processor; load it."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("blocks.c")
+FLAGS = ["-std=c11", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast"]
+# What PyTorch calls so; never -march=native, since a home folder may be shared by unlike machines.
+OF_CAPABILITY = {
+    "AVX512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"],
+    "AVX2": ["-mavx2", "-mfma"],
+}
+
+
+class CannotBuild(Exception):
+    """Why this machine has no native blocks, in a few words."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The functions of ``blocks.c``, from the user's cache folder or compiled now (a second or two)."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise CannotBuild("there is no C compiler (cc, or what CC names)")
+    flags = [*FLAGS, *OF_CAPABILITY.get(torch.backends.cpu.get_cpu_capability(), [])]
+    version = subprocess.run([compiler, "--version"], capture_output=True).stdout
+    made_from = [SOURCE.read_bytes(), version, " ".join(flags).encode(), platform.machine().encode()]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megamtp"
+    target = folder / f"blocks-{hashlib.sha256(b'|'.join(made_from)).hexdigest()[:16]}.so"
+    if not target.exists():
+        _compile([compiler, *flags], folder, target)
+    try:
+        loaded = ctypes.CDLL(str(target))
+    except OSError as error:
+        raise CannotBuild(f"{target} does not load: {error}") from None
+    for function in (loaded.run_blocks, loaded.run_logits):
+        function.restype = ctypes.c_int
+    return loaded
+
+
+def _compile(command: list[str], folder: Path, target: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as temporary:
+            built = Path(temporary) / "blocks.so"
+            done = subprocess.run([*command, str(SOURCE), "-o", str(built), "-lm"], capture_output=True, text=True)
+            if done.returncode:
+                raise CannotBuild(f"{command[0]}: {(done.stderr.strip() or 'failed').splitlines()[0]}")
+            with built.open("rb") as file:
+                os.fsync(file.fileno())
+            built.replace(target)
+    except OSError as error:
+        raise CannotBuild(f"{folder}: {error.strerror}") from None
