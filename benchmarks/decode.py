@@ -30,6 +30,7 @@ from megamtp.files import write_atomic
 from megamtp.inference.decoder import Decoder
 from megamtp.inference.generate import generate
 from megamtp.inference.load import LoadedModel, load_decoder, load_model
+from megamtp.inference.native.decoder import NativeDecoder
 from megamtp.inference.tree import Tree
 
 PROMPT, NEW, REPEATED = 64, 64, 0.3  # tokens, tokens, largest share of repeated 4-grams
@@ -75,7 +76,7 @@ def forced_acceptance(model: LoadedModel, text: Path, n_windows: int = 40) -> li
 
 
 def forward_costs(
-    decoder: Decoder, accepted: dict[tuple[int, ...], int], n_rows: int, rounds: int = 40
+    decoder: Decoder | NativeDecoder, accepted: dict[tuple[int, ...], int], n_rows: int, rounds: int = 40
 ) -> dict[tuple[int, ...], float]:
     """Median seconds of a forward pass, the model's products alone, with PROMPT + NEW / 2 positions before it.
 
@@ -161,6 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     layers, heads = model.source.config.n_trunk_layers + 1, model.decoder.n_heads
     result = {
         "model": f"{layers} layers + {heads - 1} extra heads, dim {model.source.config.dim}",
+        "backend": type(model.decoder).__name__,
         "threads": options.threads,
         "prompts": len(prompts),
         "left_out": n_candidates - len(kept),
@@ -178,6 +180,10 @@ def main(arguments: list[str] | None = None) -> None:
     for batch_size in (1, BATCH):
         for tree in [(), *widths]:
             sides[f"{_name(tree)} b{batch_size}"] = lambda tree=tree, size=batch_size: ours(tree, size)
+    in_torch = load_decoder(model.source, model.context, torch.float32, torch.device("cpu"))
+    sides["plain in PyTorch b1"] = lambda: (
+        generate(in_torch, prompts, NEW, draft_heads=0, batch_size=1).tokens_per_second
+    )
     with tempfile.TemporaryDirectory() as folder:
         if not options.no_transformers:
             export(Path(options.model), Path(folder) / "export", dtype=torch.float32)
@@ -252,7 +258,7 @@ def _name(tree: tuple[int, ...]) -> str:
 
 
 def table(result: dict) -> str:
-    lines = [f"{result['model']}, {result['threads']} threads, {result['prompts']} prompts", ""]
+    lines = [f"{result['model']}, {result['backend']}, {result['threads']} threads, {result['prompts']} prompts", ""]
     lines += [f"{'tokens/s':<28}{'median':>10}{'min':>10}{'max':>10}"]
     for name, value in result["tokens_per_s"].items():
         lines.append(f"{name:<28}" + "".join(f"{value[key]:>10,.0f}" for key in ("median", "min", "max")))
