@@ -33,19 +33,19 @@ from megamtp.inference.load import LoadedModel, load_decoder, load_model
 from megamtp.inference.native.decoder import NativeDecoder
 from megamtp.inference.tree import Tree
 
-PROMPT, NEW, REPEATED = 64, 64, 0.3  # tokens, tokens, largest share of repeated 4-grams
+PROMPT, REPEATED = 64, 0.3  # tokens, largest share of repeated 4-grams
 CHAINS, TREES = [(1,), (1, 1), (1, 1, 1)], [(2, 1), (3, 2), (4,)]
 BATCH = 8
 
 
-def held_out_prompts(model: LoadedModel, text: Path, count: int) -> tuple[list[list[int]], int]:
+def held_out_prompts(model: LoadedModel, text: Path, count: int, n_new: int) -> tuple[list[list[int]], int]:
     """Of ``count`` pieces, evenly spread, those whose greedy completion does not loop; and how many there were."""
     documents = [model.tokenizer.encode(document) for document, _ in iterate_documents([text])]
     stream = [document for document in documents if len(document) > 2 * PROMPT]
     places = [(i, start) for i, document in enumerate(stream) for start in range(0, len(document) - PROMPT, PROMPT)]
     chosen = places[:: max(1, len(places) // count)][:count]
     prompts = [stream[i][start : start + PROMPT] for i, start in chosen]
-    completions = generate(model.decoder, prompts, NEW, draft_heads=0, batch_size=BATCH).completions
+    completions = generate(model.decoder, prompts, n_new, draft_heads=0, batch_size=BATCH).completions
     return [p for p, c in zip(prompts, completions, strict=True) if repetition(c.tokens) <= REPEATED], len(prompts)
 
 
@@ -76,13 +76,13 @@ def forced_acceptance(model: LoadedModel, text: Path, n_windows: int = 40) -> li
 
 
 def forward_costs(
-    decoder: Decoder | NativeDecoder, accepted: dict[tuple[int, ...], int], n_rows: int, rounds: int = 40
+    decoder: Decoder | NativeDecoder, accepted: dict[tuple[int, ...], int], n_rows: int, length: int, rounds: int = 40
 ) -> dict[tuple[int, ...], float]:
-    """Median seconds of a forward pass, the model's products alone, with PROMPT + NEW / 2 positions before it.
+    """Median seconds of a forward pass, the model's products alone, with ``length`` positions before it.
 
     ``accepted``: how many positions a pass with these drafts accepts. By turns, as the machine's speed wanders.
     """
-    length, trees = PROMPT + NEW // 2, {widths: Tree(widths) for widths in accepted}
+    trees = {widths: Tree(widths) for widths in accepted}
     caches = {w: decoder.new_cache(n_rows, length + tree.n_nodes, tree.n_heads) for w, tree in trees.items()}
     lengths, times = [length] * n_rows, {widths: [] for widths in accepted}
     with torch.inference_mode():
@@ -94,8 +94,8 @@ def forward_costs(
                 z = decoder.trunk(tokens, at, caches[widths])
                 decoder.head_1(z, at, caches[widths])
                 if widths:
-                    path, last = decoder.path_positions(lengths, counts), torch.tensor(counts) - 1
-                    decoder.draft(z[:, : counts[0]], path, last, tree.n_heads, caches[widths])
+                    path = decoder.path_positions(lengths, counts)
+                    decoder.draft(z[:, : counts[0]], path, counts, tree.n_heads, caches[widths])
                 times[widths].append(time.perf_counter() - started)
     return {widths: statistics.median(values) for widths, values in times.items()}
 
@@ -103,9 +103,10 @@ def forward_costs(
 class Transformers:
     """Stock ``generate`` on the exported model, one prompt after another (batch 1) or BATCH at once."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, n_new: int):
         from transformers import AutoModelForCausalLM
 
+        self.n_new = n_new
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.plain_forward = self.model.forward
         self.compiled_forward = torch.compile(self.model.forward)
@@ -118,14 +119,14 @@ class Transformers:
             out = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=NEW,
-                min_new_tokens=NEW,
+                max_new_tokens=self.n_new,
+                min_new_tokens=self.n_new,
                 do_sample=False,
                 pad_token_id=0,
                 **how,
             )
-            assert out.shape[1] == PROMPT + NEW
-        return len(prompts) * NEW / (time.perf_counter() - started)
+            assert out.shape[1] == PROMPT + self.n_new
+        return len(prompts) * self.n_new / (time.perf_counter() - started)
 
 
 def measure(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -147,6 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, required=True, help="JSONL of held-out documents")
     parser.add_argument("--candidates", type=int, default=120, help="prompts before those that loop are left out")
     parser.add_argument("--prompts", type=int, default=16, help="at most so many are measured")
+    parser.add_argument("--new-tokens", type=int, default=64, help=f"after {PROMPT} of a prompt (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of both sides")
     parser.add_argument("--no-transformers", action="store_true")
@@ -155,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     model = load_model(options.model, dtype="fp32", device="cpu")
-    kept, n_candidates = held_out_prompts(model, options.text, options.candidates)
+    kept, n_candidates = held_out_prompts(model, options.text, options.candidates, options.new_tokens)
     if len(kept) < BATCH:
         raise UserError(f"{options.model}: {len(kept)} of {n_candidates} completions do not loop; train it longer")
     prompts = kept[: options.prompts // BATCH * BATCH]
@@ -165,6 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         "backend": type(model.decoder).__name__,
         "threads": options.threads,
         "prompts": len(prompts),
+        "new_tokens": options.new_tokens,
         "left_out": n_candidates - len(kept),
         "candidates": n_candidates,
         "forced_acceptance": forced_acceptance(model, options.text),
@@ -173,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     statistics_of, sides = {}, {}
 
     def ours(tree: tuple[int, ...], batch_size: int) -> float:
-        found = generate(model.decoder, prompts, NEW, tree=tree, batch_size=batch_size)
+        found = generate(model.decoder, prompts, options.new_tokens, tree=tree, batch_size=batch_size)
         statistics_of[tree] = found.statistics
         return found.tokens_per_second
 
@@ -182,12 +185,12 @@ def main(arguments: list[str] | None = None) -> None:
             sides[f"{_name(tree)} b{batch_size}"] = lambda tree=tree, size=batch_size: ours(tree, size)
     in_torch = load_decoder(model.source, model.context, torch.float32, torch.device("cpu"))
     sides["plain in PyTorch b1"] = lambda: (
-        generate(in_torch, prompts, NEW, draft_heads=0, batch_size=1).tokens_per_second
+        generate(in_torch, prompts, options.new_tokens, draft_heads=0, batch_size=1).tokens_per_second
     )
     with tempfile.TemporaryDirectory() as folder:
         if not options.no_transformers:
             export(Path(options.model), Path(folder) / "export", dtype=torch.float32)
-            theirs = Transformers(Path(folder) / "export")
+            theirs = Transformers(Path(folder) / "export", options.new_tokens)
             few = prompts[: BATCH // 2]
             for name, how in {
                 "dynamic": {},
@@ -207,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     for batch_size in (1, BATCH):
         plain = medians[f"plain b{batch_size}"]
         accepted = {(): 1} | {tree: round(statistics_of[tree].tokens_per_forward) for tree in widths}
-        seconds = forward_costs(model.decoder, accepted, batch_size)
+        seconds = forward_costs(model.decoder, accepted, batch_size, PROMPT + options.new_tokens // 2)
         for tree in widths:
             counts = statistics_of[tree]
             cost = seconds[tree] / seconds[()]
@@ -236,18 +239,18 @@ def main(arguments: list[str] | None = None) -> None:
     result["tokens_per_forward"] = best[1]["tokens_per_forward"]
     result["share_of_bound"] = best[1]["share_of_bound"]
     result["best_b1"], result["best_b8"] = best[1]["drafts"], best[BATCH]["drafts"]
-    result["bf16_completions_that_differ"] = bf16_differences(model, prompts)
+    result["bf16_completions_that_differ"] = bf16_differences(model, prompts, options.new_tokens)
     print(table(result))
     print(json.dumps(result))
     if options.output:
         write_atomic(options.output, (json.dumps(result, indent=1) + "\n").encode())
 
 
-def bf16_differences(model: LoadedModel, prompts: list[list[int]]) -> float:
+def bf16_differences(model: LoadedModel, prompts: list[list[int]], n_new: int) -> float:
     """Share of the completions that drafts change in bf16, where ties are common."""
     decoder = load_decoder(model.source, model.context, torch.bfloat16, torch.device("cpu"))
-    plain = generate(decoder, prompts, NEW, draft_heads=0, batch_size=1).completions
-    drafted = generate(decoder, prompts, NEW, batch_size=1).completions
+    plain = generate(decoder, prompts, n_new, draft_heads=0, batch_size=1).completions
+    drafted = generate(decoder, prompts, n_new, batch_size=1).completions
     return sum(a.tokens != b.tokens for a, b in zip(plain, drafted, strict=True)) / len(prompts)
 
 

@@ -142,12 +142,12 @@ class Decoder:
         last = torch.full((len(z),), z.shape[1] - 1, device=self.device)
         return self._logits(self._block_at(self.config.n_trunk_layers, z, at, last, cache))
 
-    def draft(self, z: Tensor, at: Positions, last: Tensor, n_heads: int, cache: KVCache) -> Tensor:
-        """What heads 2 ... n_heads + 1 predict from position ``last`` (b,) of z (b, t, d): logits (b, n_heads, V).
+    def draft(self, z: Tensor, at: Positions, counts: list[int], n_heads: int, cache: KVCache) -> Tensor:
+        """What heads 2 ... n_heads + 1 predict from the ``counts[b]``-th position of z (b, t, d): (b, n_heads, V).
 
         The other positions leave only their keys and values; ``at`` is of ``path_positions`` or of a prompt.
         """
-        first = self.config.n_trunk_layers + 1
+        first, last = self.config.n_trunk_layers + 1, torch.tensor(counts, device=self.device) - 1
         hidden = [self._block_at(first + k, z, at, last, cache) for k in range(n_heads)]
         return self._logits(torch.cat(hidden, 1))
 

@@ -75,8 +75,7 @@ class SpeculativeDecoder:
             token = logits.argmax(-1)
         else:
             token = draw(self.sampling.probabilities(logits), self.generator)
-        last = torch.tensor([len(prompt) - 1], device=self.decoder.device)
-        drafts, q = self._draft(z, at, last)
+        drafts, q = self._draft(z, at, [len(prompt)])
         self.rows[index : index + 1] = [_Row(len(prompt), token.item(), drafts[0], None if q is None else q[0])]
         return token.item()
 
@@ -142,15 +141,16 @@ class SpeculativeDecoder:
                     self.cache.move(range(self.decoder.config.n_trunk_layers + 1), index, sources, lengths[index])
             nodes = torch.tensor([path + [0] * (longest - len(path)) for path in paths], device=z.device)
             z = z.gather(1, nodes.unsqueeze(-1).expand(-1, -1, z.shape[-1]))
-        last = torch.tensor(counts, device=z.device) - 1
-        return self._draft(z, self.decoder.path_positions(lengths, counts), last)
+        return self._draft(z, self.decoder.path_positions(lengths, counts), counts)
 
-    def _draft(self, z: Tensor, at: Positions | NativePositions, last: Tensor) -> tuple[list[list[int]], Tensor | None]:
+    def _draft(
+        self, z: Tensor, at: Positions | NativePositions, counts: list[int]
+    ) -> tuple[list[list[int]], Tensor | None]:
         """(each row's drafts in the tree's order, the distributions (b, heads, V) that they were drawn from)."""
         tree = self.tree
         if not tree.widths:
             return [[] for _ in z], None
-        logits = self.decoder.draft(z, at, last, tree.n_heads, self.cache)  # (b, heads, V)
+        logits = self.decoder.draft(z, at, counts, tree.n_heads, self.cache)  # (b, heads, V)
         if not tree.is_chain:
             candidates = logits.topk(max(tree.widths), -1).indices.flatten(1)  # (b, heads * widest)
             return candidates[:, tree.choices].tolist(), None

@@ -55,6 +55,11 @@ class Tree:
         return torch.tensor(places, dtype=torch.long, device=self.device)
 
     @cached_property
+    def ancestor_bytes(self) -> bytes:
+        """``ancestors``, a byte each, row by row."""
+        return bytes(self.ancestors.flatten().tolist())
+
+    @cached_property
     def ancestors(self) -> Tensor:
         """(nodes, nodes) bool: row i marks the nodes on the way to node i, itself included."""
         sees = torch.eye(self.n_nodes, dtype=torch.bool)

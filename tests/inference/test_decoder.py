@@ -92,13 +92,13 @@ def test_rows_of_different_lengths_see_their_own_past(n_kv_heads, n_new, kind):
         z = decoder.trunk(tokens[None, :length], at, cache)
         whole = model(tokens[None, :length])[:, 0, -1]
         assert (decoder.head_1_at_end(z, at, cache)[0, 0] - whole[0]).abs().max() < tolerance
-        assert (decoder.draft(z, at, torch.tensor([length - 1]), 3, cache)[0] - whole[1:]).abs().max() < tolerance
+        assert (decoder.draft(z, at, [length], 3, cache)[0] - whole[1:]).abs().max() < tolerance
     at = decoder.next_positions(lengths, n_new)
     z = decoder.trunk(torch.stack([tokens[-n_new:] for tokens in sequences]), at, cache)
     logits = decoder.head_1(z, at, cache)
     counts = [n_new, 1, max(1, n_new - 1)]  # the drafting heads look from different places
     path = decoder.path_positions(lengths, counts)
-    drafts = decoder.draft(z, path, torch.tensor(counts) - 1, 3, cache)
+    drafts = decoder.draft(z, path, counts, 3, cache)
     for row, tokens in enumerate(sequences):
         whole = model(tokens[None])[:, 0]
         assert (logits[row] - whole[0, -n_new:]).abs().max() < tolerance

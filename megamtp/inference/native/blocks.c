@@ -1,9 +1,9 @@
 /* Transformer blocks over few new positions, in fp32 on a CPU.
  *
  * Decoding is bound by reading the weights, and a general matrix product reads them badly for few rows. Here a weight
- * (outputs, inputs) is stored in panels of 32 outputs, [outputs / 32][inputs][32], which one pass reads in order, for
- * up to TILE rows at a time; keys are stored as panels of 32 slots, values as panels of 32 channels, so that attention
- * is the same product twice.
+ * (outputs, inputs) is stored in panels of 64 outputs, [outputs / 64][inputs][64], which one pass reads in order, for
+ * several rows at a time; keys are stored as panels of 32 slots, values as panels of 32 channels, so that attention is
+ * the same product twice.
  *
  * The order of every sum is fixed: it depends neither on the number of rows nor on what else is computed beside. So a
  * position's result has the same bits alone, in a batch, as a draft or in a prompt. (Not compiled with -ffast-math.)
@@ -13,25 +13,38 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LANES 16
-#define PANEL 32
+#define WIDE 64      /* columns of a weight's panel: enough sums for one row not to wait for its own */
+#define PANEL 32     /* columns of the cache's panels */
+#define LANES 16     /* partial sums of a norm, partial maxima of a softmax */
 #define FFN_ROWS 128 /* rows of hidden units that exist at a time */
-#ifdef __AVX512F__
-#define TILE 8 /* 16 of 32 registers hold sums */
+
+/* Numbers in a register, and rows at a time such that the sums fit into the registers. */
+#if defined(__AVX512F__)
+#define VECTOR 16
+#define WIDE_TILE 4
+#define TILE 8
+#elif defined(__AVX__)
+#define VECTOR 8
+#define WIDE_TILE 1
+#define TILE 2
 #else
+#define VECTOR 4
+#define WIDE_TILE 1
 #define TILE 2
 #endif
 
-typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
-
-struct shape {
-    int dim, n_heads, n_kv_heads, head_dim, ffn_dim, n_threads;
-    float norm_eps;
-    const float *cos, *sin; /* (positions, head_dim / 2) */
-};
+typedef float vec __attribute__((vector_size(VECTOR * sizeof(float)), aligned(sizeof(float))));
 
 struct block {
     const float *attention_norm, *wqkv, *wo, *ffn_norm, *w13, *w2; /* matrices in panels */
+};
+
+struct model {
+    int dim, n_heads, n_kv_heads, head_dim, ffn_dim, vocab_size, n_threads;
+    float norm_eps;
+    const struct block *blocks;        /* the trunk's, then the heads' */
+    const float *norm, *unembedding;   /* of all heads */
+    const float *cos, *sin;            /* (positions, head_dim / 2) */
 };
 
 struct cache {
@@ -48,36 +61,45 @@ struct positions {
     const uint8_t *ancestors; /* (n_new, n_new) which new ones each sees; NULL: those before it, and itself */
 };
 
-static inline int padded(int n) { return (n + PANEL - 1) / PANEL * PANEL; }
+static inline int padded(int n, int panel) { return (n + panel - 1) / panel * panel; }
 
-/* out (rows, 32) = x (rows, k) times one panel (k, 32). `rows` is a constant wherever this is inlined. */
-static inline __attribute__((always_inline)) void tile(int rows, int k, const float *x, long x_stride, const float *w,
-                                                       float *out, long out_stride)
+/* out (rows, columns) = x (rows, k) times one panel (k, columns). `rows`, `columns`: constants where this is inlined. */
+static inline __attribute__((always_inline)) void tile(int rows, int columns, int k, const float *x, long x_stride,
+                                                       const float *w, float *out, long out_stride)
 {
-    vec sums[TILE][2];
+    vec sums[TILE][WIDE / VECTOR];
     for (int r = 0; r < rows; r++)
-        sums[r][0] = sums[r][1] = (vec){0};
-    for (int i = 0; i < k; i++) {
-        const vec w0 = *(const vec *)(w + (long)i * PANEL), w1 = *(const vec *)(w + (long)i * PANEL + LANES);
-        for (int r = 0; r < rows; r++) {
-            const float factor = x[r * x_stride + i];
-            sums[r][0] += factor * w0;
-            sums[r][1] += factor * w1;
+        for (int v = 0; v < columns / VECTOR; v++)
+            sums[r][v] = (vec){0};
+    for (int i = 0; i < k; i++)
+        for (int v = 0; v < columns / VECTOR; v++) {
+            const vec weights = *(const vec *)(w + (long)i * columns + v * VECTOR);
+            for (int r = 0; r < rows; r++)
+                sums[r][v] += x[r * x_stride + i] * weights;
         }
-    }
-    for (int r = 0; r < rows; r++) {
-        *(vec *)(out + r * out_stride) = sums[r][0];
-        *(vec *)(out + r * out_stride + LANES) = sums[r][1];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < columns / VECTOR; v++)
+            *(vec *)(out + r * out_stride + v * VECTOR) = sums[r][v];
+}
+
+#define CASE(n, columns) case n: tile(n, columns, k, x, x_stride, w, out, out_stride); break;
+
+static void wide_panel(int rows, int k, const float *x, long x_stride, const float *w, float *out, long out_stride)
+{
+    switch (rows) {
+        CASE(1, WIDE)
+#if WIDE_TILE == 4
+        CASE(2, WIDE) CASE(3, WIDE) CASE(4, WIDE)
+#endif
     }
 }
 
 static void panel(int rows, int k, const float *x, long x_stride, const float *w, float *out, long out_stride)
 {
     switch (rows) {
-#define CASE(n) case n: tile(n, k, x, x_stride, w, out, out_stride); break;
-        CASE(1) CASE(2)
+        CASE(1, PANEL) CASE(2, PANEL)
 #if TILE == 8
-        CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+        CASE(3, PANEL) CASE(4, PANEL) CASE(5, PANEL) CASE(6, PANEL) CASE(7, PANEL) CASE(8, PANEL)
 #endif
     }
 }
@@ -87,16 +109,16 @@ static void product(int rows, int k, const float *x, long x_stride, const float 
                     int n_threads)
 {
 #pragma omp parallel for num_threads(n_threads) if (n_threads > 1)
-    for (int p = 0; p < padded(n) / PANEL; p++) {
-        float result[TILE * PANEL];
-        const int width = n - p * PANEL < PANEL ? n - p * PANEL : PANEL;
-        for (int first = 0; first < rows; first += TILE) {
-            const int count = rows - first < TILE ? rows - first : TILE;
-            panel(count, k, x + first * x_stride, x_stride, w + (long)p * PANEL * k, result, PANEL);
+    for (int c = 0; c < n; c += WIDE) {
+        float result[WIDE_TILE * WIDE];
+        const int width = n - c < WIDE ? n - c : WIDE;
+        for (int first = 0; first < rows; first += WIDE_TILE) {
+            const int count = rows - first < WIDE_TILE ? rows - first : WIDE_TILE;
+            wide_panel(count, k, x + first * x_stride, x_stride, w + (long)c * k, result, WIDE);
             for (int r = 0; r < count; r++) {
-                float *row = out + (long)(first + r) * n + p * PANEL;
-                for (int c = 0; c < width; c++)
-                    row[c] = add ? row[c] + result[r * PANEL + c] : result[r * PANEL + c];
+                float *row = out + (long)(first + r) * n + c;
+                for (int i = 0; i < width; i++)
+                    row[i] = add ? row[i] + result[r * WIDE + i] : result[r * WIDE + i];
             }
         }
     }
@@ -140,10 +162,10 @@ static void norm(int rows, int dim, const float *x, const float *weight, float e
     }
 }
 
-static void rotate(const struct shape *s, float *head, int place)
+static void rotate(const struct model *m, float *head, int place)
 {
-    const int half = s->head_dim / 2;
-    const float *cos = s->cos + (long)place * half, *sin = s->sin + (long)place * half;
+    const int half = m->head_dim / 2;
+    const float *cos = m->cos + (long)place * half, *sin = m->sin + (long)place * half;
     for (int i = 0; i < half; i++) {
         const float a = head[i], b = head[half + i];
         head[i] = a * cos[i] - b * sin[i];
@@ -152,60 +174,70 @@ static void rotate(const struct shape *s, float *head, int place)
 }
 
 /* Turn queries and keys of qkv (n_rows * n_new, (n_heads + 2 n_kv_heads) head_dim), put keys and values away. */
-static void rotate_and_store(const struct shape *s, const struct positions *at, float *qkv, float *keys, float *values,
+static void rotate_and_store(const struct model *m, const struct positions *at, float *qkv, float *keys, float *values,
                              int capacity)
 {
-    const int hd = s->head_dim, g = s->n_kv_heads, width = (s->n_heads + 2 * g) * hd;
-#pragma omp parallel for num_threads(s->n_threads) if (s->n_threads > 1 && at->n_rows * at->n_new > TILE)
+    const int hd = m->head_dim, g = m->n_kv_heads, width = (m->n_heads + 2 * g) * hd;
+#pragma omp parallel for num_threads(m->n_threads) if (m->n_threads > 1 && at->n_rows * at->n_new > TILE)
     for (int n = 0; n < at->n_rows * at->n_new; n++) {
         const int b = n / at->n_new, i = n % at->n_new, slot = at->lengths[b] + i;
         const int place = at->lengths[b] + (at->depths ? at->depths[i] : i);
         float *heads = qkv + (long)n * width;
-        for (int h = 0; h < s->n_heads + g; h++)
-            rotate(s, heads + h * hd, place);
+        for (int h = 0; h < m->n_heads + g; h++)
+            rotate(m, heads + h * hd, place);
         for (int head = 0; head < g; head++) {
             const long row = (long)(at->first_row + b) * g + head;
             float *to = keys + (row * capacity + slot / PANEL * PANEL) * hd + slot % PANEL;
-            const float *key = heads + (s->n_heads + head) * hd, *value = key + g * hd;
+            const float *key = heads + (m->n_heads + head) * hd, *value = key + g * hd;
             for (int c = 0; c < hd; c++)
                 to[(long)c * PANEL] = key[c];
             for (int c = 0; c < hd; c++)
-                values[(row * padded(hd) + c / PANEL * PANEL) * capacity + (long)slot * PANEL + c % PANEL] = value[c];
+                values[(row * padded(hd, PANEL) + c / PANEL * PANEL) * capacity + (long)slot * PANEL + c % PANEL] = value[c];
         }
     }
 }
 
-/* Scores of one query, over n slots, into weights that are still to be divided by the sum that is returned. */
-static float softmax(const struct positions *at, int length, int i, float *scores, int n)
+/* Slots that new position i of a row may look at lie below this. */
+static inline int end_of(const struct positions *at, int length, int i)
 {
-    const int end = at->ancestors ? length + at->n_new : length + i + 1;
+    return at->ancestors ? length + at->n_new : length + i + 1;
+}
+
+/* Scores of one query into weights, 0 from its end up to n; they are still to be divided by their sum. */
+static void exponentials(const struct positions *at, int length, int i, float *scores, int n)
+{
+    const int end = end_of(at, length, i);
     if (at->ancestors)
-        for (int m = 0; m < at->n_new; m++)
-            if (!at->ancestors[i * at->n_new + m])
-                scores[length + m] = -INFINITY;
-    float largest = -INFINITY, sum = 0;
-    for (int j = 0; j < end; j++)
+        for (int j = 0; j < at->n_new; j++)
+            if (!at->ancestors[i * at->n_new + j])
+                scores[length + j] = -INFINITY;
+    float lanes[LANES], largest = scores[0];
+    for (int l = 0; l < LANES; l++)
+        lanes[l] = largest;
+    for (int j = 0; j + LANES <= end; j += LANES)
+        for (int l = 0; l < LANES; l++)
+            lanes[l] = scores[j + l] > lanes[l] ? scores[j + l] : lanes[l];
+    for (int j = end - end % LANES; j < end; j++)
         largest = scores[j] > largest ? scores[j] : largest;
+    for (int l = 0; l < LANES; l++)
+        largest = lanes[l] > largest ? lanes[l] : largest;
     for (int j = 0; j < end; j++)
         scores[j] = exponential(scores[j] - largest);
-    for (int j = 0; j < end; j++)
-        sum += scores[j];
     for (int j = end; j < n; j++)
         scores[j] = 0;
-    return sum;
 }
 
 /* Queries [first, first + count) of one row and one key head. They are numbered position by position; with `only`, the
  * row has one position. out (n_rows * positions, n_heads * head_dim). */
-static void attend(const struct shape *s, const struct positions *at, const float *qkv, const float *keys,
+static void attend(const struct model *m, const struct positions *at, const float *qkv, const float *keys,
                    const float *values, int capacity, const int *only, int b, int head, int first, int count,
                    float *scratch, float *out)
 {
-    const int hd = s->head_dim, group = s->n_heads / s->n_kv_heads, width = (s->n_heads + 2 * s->n_kv_heads) * hd;
+    const int hd = m->head_dim, group = m->n_heads / m->n_kv_heads, width = (m->n_heads + 2 * m->n_kv_heads) * hd;
     const int length = at->lengths[b], n_positions = only ? 1 : at->n_new;
     const int last = only ? only[b] : (first + count - 1) / group;
-    const int n = at->ancestors ? length + at->n_new : length + last + 1;
-    const long row = (long)(at->first_row + b) * s->n_kv_heads + head, stride = padded(n);
+    const int n = end_of(at, length, last);
+    const long row = (long)(at->first_row + b) * m->n_kv_heads + head, stride = padded(n, PANEL);
     float *q = scratch, *result = q + TILE * hd, *scores = result + TILE * PANEL;
     const float scale = 1.f / sqrtf(hd);
     for (int j = 0; j < count; j++) {
@@ -216,93 +248,111 @@ static void attend(const struct shape *s, const struct positions *at, const floa
     }
     for (int p = 0; p < stride; p += PANEL)
         panel(count, hd, q, hd, keys + (row * capacity + p) * hd, scores + p, stride);
-    float sums[TILE];
     for (int j = 0; j < count; j++)
-        sums[j] = softmax(at, length, only ? only[b] : (first + j) / group, scores + j * stride, n);
+        exponentials(at, length, only ? only[b] : (first + j) / group, scores + j * stride, n);
+    float sums[TILE] = {0}; /* in the order of the slots, since a branch of a tree has others in between */
+    for (int slot = 0; slot < n; slot++)
+        for (int j = 0; j < count; j++)
+            sums[j] += scores[j * stride + slot];
     for (int c = 0; c < hd; c += PANEL) {
-        panel(count, n, scores, stride, values + (row * padded(hd) + c) * capacity, result, PANEL);
+        panel(count, n, scores, stride, values + (row * padded(hd, PANEL) + c) * capacity, result, PANEL);
         for (int j = 0; j < count; j++) {
             const int i = only ? 0 : (first + j) / group;
-            float *to = out + ((long)(b * n_positions + i) * s->n_heads + head * group + (first + j) % group) * hd + c;
+            float *to = out + ((long)(b * n_positions + i) * m->n_heads + head * group + (first + j) % group) * hd + c;
             for (int k = 0; k < PANEL && c + k < hd; k++)
                 to[k] = result[j * PANEL + k] / sums[j];
         }
     }
 }
 
-static void feed_forward(const struct shape *s, const struct block *w, int rows, float *x, float *scratch)
+static void feed_forward(const struct model *m, const struct block *w, int rows, float *x, float *scratch)
 {
-    const int f = s->ffn_dim, d = s->dim;
-    float *normed = scratch, *hidden = scratch + (long)FFN_ROWS * d;
+    const int f = m->ffn_dim, d = m->dim;
+    float *normed = scratch, *hidden = scratch + (long)(rows < FFN_ROWS ? rows : FFN_ROWS) * d;
     for (int first = 0; first < rows; first += FFN_ROWS) {
         const int count = rows - first < FFN_ROWS ? rows - first : FFN_ROWS;
-        norm(count, d, x + (long)first * d, w->ffn_norm, s->norm_eps, normed, s->n_threads);
-        product(count, d, normed, d, w->w13, 2 * f, hidden, 0, s->n_threads);
+        norm(count, d, x + (long)first * d, w->ffn_norm, m->norm_eps, normed, m->n_threads);
+        product(count, d, normed, d, w->w13, 2 * f, hidden, 0, m->n_threads);
         for (int r = 0; r < count; r++) {
             float *gate = hidden + (long)r * 2 * f;
             for (int i = 0; i < f; i++)
                 gate[i] = gate[i] / (1.f + exponential(-gate[i])) * gate[f + i];
         }
-        product(count, f, hidden, 2l * f, w->w2, d, x + (long)first * d, 1, s->n_threads);
+        product(count, f, hidden, 2l * f, w->w2, d, x + (long)first * d, 1, m->n_threads);
     }
 }
 
-/* Blocks first ... first + n - 1 over x (n_rows, n_new, dim), in place. With `only` (n_rows,), one block whose output
- * is wanted at that position of each row: into out (n_rows, dim), while x stays. 0, or 1 when memory is short. */
-int run_blocks(const struct shape *s, const struct block *blocks, const struct cache *cache, int first, int n,
-               const struct positions *at, float *x, const int *only, float *out)
+/* One block: new keys and values of all positions of x (n_rows, n_new, dim); its output in y, which begins as a copy
+ * of x, or, with `only` (n_rows,), of that position of each row: (n_rows, dim). 0, or 1 when memory is short. */
+static int run_block(const struct model *m, int layer, const struct cache *cache, const struct positions *at,
+                     const float *x, const int *only, float *y)
 {
-    const int hd = s->head_dim, d = s->dim, rows = at->n_rows * at->n_new, n_queried = only ? at->n_rows : rows;
-    const int width = (s->n_heads + 2 * s->n_kv_heads) * hd, group = s->n_heads / s->n_kv_heads;
+    const int hd = m->head_dim, d = m->dim, rows = at->n_rows * at->n_new, n_queried = only ? at->n_rows : rows;
+    const int width = (m->n_heads + 2 * m->n_kv_heads) * hd, group = m->n_heads / m->n_kv_heads;
     const int per_row = (only ? 1 : at->n_new) * group, n_tiles = (per_row + TILE - 1) / TILE;
     const int ffn_rows = n_queried < FFN_ROWS ? n_queried : FFN_ROWS;
-    int failed = 0;
+    const struct block *w = m->blocks + layer;
+    float *keys = cache->keys[layer], *values = cache->values[layer];
     float *qkv = malloc(sizeof(float) * rows * width), *normed = malloc(sizeof(float) * rows * d);
-    float *attended = malloc(sizeof(float) * n_queried * s->n_heads * hd);
-    float *scratch = malloc(sizeof(float) * (FFN_ROWS * (long)d + ffn_rows * 2l * s->ffn_dim));
-    if (!qkv || !normed || !attended || !scratch)
-        failed = 1;
-    for (int layer = first; layer < first + n && !failed; layer++) {
-        const struct block *w = blocks + layer;
-        float *keys = cache->keys[layer], *values = cache->values[layer], *y = x;
-        norm(rows, d, x, w->attention_norm, s->norm_eps, normed, s->n_threads);
-        product(rows, d, normed, d, w->wqkv, width, qkv, 0, s->n_threads);
-        rotate_and_store(s, at, qkv, keys, values, cache->capacity);
-#pragma omp parallel for collapse(3) num_threads(s->n_threads) if (s->n_threads > 1)
+    float *attended = malloc(sizeof(float) * n_queried * m->n_heads * hd);
+    float *scratch = malloc(sizeof(float) * ffn_rows * (d + 2l * m->ffn_dim));
+    int failed = !qkv || !normed || !attended || !scratch;
+    if (!failed) {
+        norm(rows, d, x, w->attention_norm, m->norm_eps, normed, m->n_threads);
+        product(rows, d, normed, d, w->wqkv, width, qkv, 0, m->n_threads);
+        rotate_and_store(m, at, qkv, keys, values, cache->capacity);
+#pragma omp parallel for collapse(3) num_threads(m->n_threads) if (m->n_threads > 1)
         for (int b = 0; b < at->n_rows; b++)
-            for (int head = 0; head < s->n_kv_heads; head++)
+            for (int head = 0; head < m->n_kv_heads; head++)
                 for (int t = 0; t < n_tiles; t++) {
                     const int count = per_row - t * TILE < TILE ? per_row - t * TILE : TILE;
-                    const long size = TILE * (hd + PANEL + (long)padded(at->lengths[b] + at->n_new));
+                    const long size = TILE * (hd + PANEL + (long)padded(at->lengths[b] + at->n_new, PANEL));
                     float *own = malloc(sizeof(float) * size);
                     if (own)
-                        attend(s, at, qkv, keys, values, cache->capacity, only, b, head, t * TILE, count, own, attended);
+                        attend(m, at, qkv, keys, values, cache->capacity, only, b, head, t * TILE, count, own, attended);
                     else {
 #pragma omp atomic write
                         failed = 1;
                     }
                     free(own);
                 }
-        if (only) {
-            y = out;
-            for (int b = 0; b < at->n_rows; b++)
-                memcpy(out + (long)b * d, x + (long)(b * at->n_new + only[b]) * d, sizeof(float) * d);
-        }
-        product(n_queried, s->n_heads * hd, attended, s->n_heads * hd, w->wo, d, y, 1, s->n_threads);
-        feed_forward(s, w, n_queried, y, scratch);
+    }
+    if (!failed) {
+        product(n_queried, m->n_heads * hd, attended, m->n_heads * hd, w->wo, d, y, 1, m->n_threads);
+        feed_forward(m, w, n_queried, y, scratch);
     }
     free(qkv), free(normed), free(attended), free(scratch);
     return failed;
 }
 
-/* out (rows, n) = norm(x) W. */
-int run_logits(const struct shape *s, const float *weight, const float *w, int n, int rows, const float *x, float *out)
+/* The first n blocks over x (n_rows, n_new, dim), in place. 0, or 1 when memory is short. */
+int run_trunk(const struct model *m, int n, const struct cache *cache, const struct positions *at, float *x)
 {
-    float *normed = malloc(sizeof(float) * rows * s->dim);
-    if (!normed)
-        return 1;
-    norm(rows, s->dim, x, weight, s->norm_eps, normed, s->n_threads);
-    product(rows, s->dim, normed, s->dim, w, n, out, 0, s->n_threads);
-    free(normed);
-    return 0;
+    int failed = 0;
+    for (int layer = 0; layer < n && !failed; layer++)
+        failed = run_block(m, layer, cache, at, x, NULL, x);
+    return failed;
+}
+
+/* What each of the blocks [first, first + n) predicts from the trunk's output z (n_rows, n_new, dim): logits
+ * (n, n_rows, n_new, vocab_size); with `only` (n_rows,) from that position of each row: (n, n_rows, vocab_size). */
+int run_heads(const struct model *m, int first, int n, const struct cache *cache, const struct positions *at,
+              const float *z, const int *only, float *logits)
+{
+    const int d = m->dim, rows = at->n_rows * (only ? 1 : at->n_new);
+    float *y = malloc(sizeof(float) * rows * d), *normed = malloc(sizeof(float) * rows * d);
+    int failed = !y || !normed;
+    for (int k = 0; k < n && !failed; k++) {
+        if (only)
+            for (int b = 0; b < at->n_rows; b++)
+                memcpy(y + (long)b * d, z + (long)(b * at->n_new + only[b]) * d, sizeof(float) * d);
+        else
+            memcpy(y, z, sizeof(float) * rows * d);
+        failed = run_block(m, first + k, cache, at, z, only, y);
+        norm(rows, d, y, m->norm, m->norm_eps, normed, m->n_threads);
+        product(rows, d, normed, d, m->unembedding, m->vocab_size, logits + (long)k * rows * m->vocab_size, 0,
+                m->n_threads);
+    }
+    free(y), free(normed);
+    return failed;
 }

@@ -42,7 +42,7 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(target))
     except OSError as error:
         raise CannotBuild(f"{target} does not load: {error}") from None
-    for function in (loaded.run_blocks, loaded.run_logits):
+    for function in (loaded.run_trunk, loaded.run_heads):
         function.restype = ctypes.c_int
     return loaded
 

@@ -16,7 +16,7 @@ from megamtp.inference.tree import Tree
 from megamtp.model.transformer import ModelConfig
 from megamtp.ops.elementwise import rotary_table
 
-PANEL = 32
+WIDE, PANEL = 64, 32  # of weights and of the cache, as in blocks.c
 
 
 def _structure(name: str, **fields: type) -> type[ctypes.Structure]:
@@ -24,10 +24,13 @@ def _structure(name: str, **fields: type) -> type[ctypes.Structure]:
 
 
 _INT, _POINTER = ctypes.c_int, ctypes.c_void_p
-_SIZES = ("dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "n_threads")
+_SIZES = ("dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "n_threads")
 _WEIGHTS = ("attention_norm", "wqkv", "wo", "ffn_norm", "w13", "w2")
-_Shape = _structure(
-    "_Shape", **dict.fromkeys(_SIZES, _INT), norm_eps=ctypes.c_float, **dict.fromkeys(("cos", "sin"), _POINTER)
+_Model = _structure(
+    "_Model",
+    **dict.fromkeys(_SIZES, _INT),
+    norm_eps=ctypes.c_float,
+    **dict.fromkeys(("blocks", "norm", "unembedding", "cos", "sin"), _POINTER),
 )
 _Block = _structure("_Block", **dict.fromkeys(_WEIGHTS, _POINTER))
 _Cache = _structure("_Cache", keys=_POINTER, values=_POINTER, capacity=_INT)
@@ -42,15 +45,15 @@ class NativePositions:
     """New positions of rows of a cache: ``n_new`` behind the ``lengths`` that they hold."""
 
     def __init__(self, first_row: int, lengths: list[int], n_new: int, tree: Tree | None = None):
-        self.n_rows, self.n_new = len(lengths), n_new
         # Kept, since the structure holds their addresses alone.
         self._lengths = (_INT * len(lengths))(*lengths)
         self._depths = self._ancestors = None
         if tree is not None:
-            self._depths = (_INT * n_new)(*tree.depths.tolist())
-            self._ancestors = (ctypes.c_uint8 * n_new**2)(*tree.ancestors.flatten().tolist())
+            self._depths = (_INT * n_new)(*tree.depth_of)
+            self._ancestors = (ctypes.c_uint8 * n_new**2).from_buffer_copy(tree.ancestor_bytes)
         arrays = (array and ctypes.addressof(array) for array in (self._lengths, self._depths, self._ancestors))
-        self.structure = _Positions(self.n_rows, n_new, first_row, *arrays)
+        self._structure = _Positions(len(lengths), n_new, first_row, *arrays)
+        self.reference = ctypes.byref(self._structure)
 
 
 class NativeCache:
@@ -63,7 +66,8 @@ class NativeCache:
         self.keys = torch.zeros(*rows, self.capacity // PANEL, config.head_dim, PANEL)
         self.values = torch.zeros(*rows, n_channels, self.capacity, PANEL)
         self._addresses = [(_POINTER * n_layers)(*(layer.data_ptr() for layer in t)) for t in (self.keys, self.values)]
-        self.structure = _Cache(*map(ctypes.addressof, self._addresses), self.capacity)
+        self._structure = _Cache(*map(ctypes.addressof, self._addresses), self.capacity)
+        self.reference = ctypes.byref(self._structure)
 
     def move(self, layers: range, row: int, sources: list[int], first: int) -> None:
         """Copy the slots ``sources`` of a row to the slots from ``first`` on."""
@@ -97,8 +101,9 @@ class NativeDecoder:
         self._weights = [_block_weights(prefix, tensor) for prefix in prefixes]
         addresses = (_Block(*(weight.data_ptr() for weight in block)) for block in self._weights)
         self._blocks = (_Block * len(prefixes))(*addresses)
-        sizes = (config.dim, config.n_heads, config.kv_heads, config.head_dim, config.hidden_dim)
-        self._shape = _Shape(*sizes, 1, config.norm_eps)
+        sizes = (config.dim, config.n_heads, config.kv_heads, config.head_dim, config.hidden_dim, config.vocab_size)
+        tables = (ctypes.addressof(self._blocks), self._norm_weight.data_ptr(), self._unembedding.data_ptr())
+        self._model = _Model(*sizes, 1, config.norm_eps, *tables)
         self._reach(context)
 
     @property
@@ -108,7 +113,7 @@ class NativeDecoder:
     def _reach(self, n_positions: int) -> None:
         table = rotary_table(torch.arange(n_positions), self.config.head_dim, self.config.rope_theta)
         self._cos, self._sin = (half[0, :, 0].contiguous() for half in table)
-        self._shape.cos, self._shape.sin = self._cos.data_ptr(), self._sin.data_ptr()
+        self._model.cos, self._model.sin = self._cos.data_ptr(), self._sin.data_ptr()
 
     def new_cache(self, n_rows: int, capacity: int, n_draft_heads: int) -> NativeCache:
         """For the trunk, head 1 and the next ``n_draft_heads`` heads."""
@@ -131,76 +136,53 @@ class NativeDecoder:
     def trunk(self, tokens: Tensor, at: NativePositions, cache: NativeCache) -> Tensor:
         """tokens (b, t) -> z (b, t, d)."""
         z = F.embedding(tokens, self.embedding)
-        self._run(0, self.config.n_trunk_layers, at, z, cache)
+        self._call(self._library.run_trunk, self.config.n_trunk_layers, cache, at, z)
         return z
 
     def head_1(self, z: Tensor, at: NativePositions, cache: NativeCache) -> Tensor:
         """z (b, t, d) -> logits of the next token (b, t, V)."""
-        x = z.clone(memory_format=torch.contiguous_format)
-        self._run(self.config.n_trunk_layers, 1, at, x, cache)
-        return self._logits(x)
+        return self._heads(0, 1, z, at, cache)[0]
 
     def head_1_at_end(self, z: Tensor, at: NativePositions, cache: NativeCache) -> Tensor:
         """As ``head_1``, for the last position alone: (b, 1, V)."""
-        return self._logits(self._run_at(0, z, at, [z.shape[1] - 1] * len(z), cache).unsqueeze(1))
+        return self._heads(0, 1, z, at, cache, [z.shape[1]] * len(z)).transpose(0, 1)
 
-    def draft(self, z: Tensor, at: NativePositions, last: Tensor, n_heads: int, cache: NativeCache) -> Tensor:
-        """What heads 2 ... n_heads + 1 predict from position ``last`` (b,) of z (b, t, d): logits (b, n_heads, V)."""
-        places, z = last.tolist(), z.contiguous()
-        return self._logits(torch.stack([self._run_at(1 + k, z, at, places, cache) for k in range(n_heads)], 1))
+    def draft(self, z: Tensor, at: NativePositions, counts: list[int], n_heads: int, cache: NativeCache) -> Tensor:
+        """What heads 2 ... n_heads + 1 predict from the ``counts[b]``-th position of z (b, t, d): (b, n_heads, V)."""
+        return self._heads(1, n_heads, z, at, cache, counts).transpose(0, 1)
 
     def all_heads(self, tokens: Tensor) -> Tensor:
         """Logits of every head at every position of tokens (1, t): (n, t, V), without what came before."""
         at, cache = self.prompt_positions(0, tokens.shape[1]), self.new_cache(1, tokens.shape[1], self.n_heads - 1)
-        z = self.trunk(tokens, at, cache)
-        hidden = [z.clone() for _ in range(self.n_heads)]
-        for k, x in enumerate(hidden):
-            self._run(self.config.n_trunk_layers + k, 1, at, x, cache)
-        return self._logits(torch.cat(hidden))
+        return self._heads(0, self.n_heads, self.trunk(tokens, at, cache), at, cache).squeeze(1)
 
-    def _run(self, first: int, n: int, at: NativePositions, x: Tensor, cache: NativeCache, only=None, out=None) -> None:
-        self._shape.n_threads = torch.get_num_threads()
-        failed = self._library.run_blocks(
-            ctypes.byref(self._shape),
-            self._blocks,
-            ctypes.byref(cache.structure),
-            first,
-            n,
-            ctypes.byref(at.structure),
-            _POINTER(x.data_ptr()),
-            only,
-            None if out is None else _POINTER(out.data_ptr()),
-        )
-        if failed:
-            raise MemoryError(f"no memory for a pass over {at.n_rows} x {at.n_new} positions")
+    def _heads(
+        self, first: int, n: int, z: Tensor, at: NativePositions, cache: NativeCache, counts: list[int] | None = None
+    ) -> Tensor:
+        """Logits of n heads: (n, b, t, V), or (n, b, V) at the ``counts[b]``-th position of each row."""
+        shape = z.shape[:2] if counts is None else z.shape[:1]
+        logits = torch.empty(n, *shape, self.config.vocab_size)
+        only = None if counts is None else (_INT * len(counts))(*(count - 1 for count in counts))
+        first += self.config.n_trunk_layers
+        self._call(self._library.run_heads, first, n, cache, at, z.contiguous(), only, logits)
+        return logits
 
-    def _run_at(self, head: int, z: Tensor, at: NativePositions, places: list[int], cache: NativeCache) -> Tensor:
-        out = torch.empty(at.n_rows, self.config.dim)
-        only = (_INT * len(places))(*places)
-        self._run(self.config.n_trunk_layers + head, 1, at, z.contiguous(), cache, only, out)
-        return out
-
-    def _logits(self, x: Tensor) -> Tensor:
-        out = torch.empty(*x.shape[:-1], self.config.vocab_size)
-        rows = x.numel() // self.config.dim
-        addresses = [_POINTER(tensor.data_ptr()) for tensor in (self._norm_weight, self._unembedding, x, out)]
-        weight, unembedding, x_address, out_address = addresses
-        if self._library.run_logits(
-            ctypes.byref(self._shape), weight, unembedding, self.config.vocab_size, rows, x_address, out_address
-        ):
-            raise MemoryError(f"no memory for the logits of {rows} positions")
-        return out
+    def _call(self, function, *arguments) -> None:
+        self._model.n_threads = torch.get_num_threads()
+        passed = [_POINTER(a.data_ptr()) if isinstance(a, Tensor) else getattr(a, "reference", a) for a in arguments]
+        if function(ctypes.byref(self._model), *passed):
+            raise MemoryError("no memory for a pass over so many positions")
 
 
-def _padded(n: int) -> int:
-    return -(-n // PANEL) * PANEL
+def _padded(n: int, panel: int = PANEL) -> int:
+    return -(-n // panel) * panel
 
 
 def _in_panels(weight: Tensor) -> Tensor:
-    """(outputs, inputs) -> (outputs / 32, inputs, 32), zeros beyond the last output."""
+    """(outputs, inputs) -> (outputs / 64, inputs, 64), zeros beyond the last output."""
     n_outputs, n_inputs = weight.shape
-    whole = F.pad(weight.float(), (0, 0, 0, _padded(n_outputs) - n_outputs))
-    return whole.view(-1, PANEL, n_inputs).transpose(1, 2).contiguous()
+    whole = F.pad(weight.float(), (0, 0, 0, _padded(n_outputs, WIDE) - n_outputs))
+    return whole.view(-1, WIDE, n_inputs).transpose(1, 2).contiguous()
 
 
 def _block_weights(prefix: str, tensor: Callable[[str], Tensor]) -> list[Tensor]:
