@@ -31,7 +31,7 @@ setup(
     extras_require={
         # The exact pin takes a CPU build where one is offered; a looser range pulls the CUDA libraries.
         "cpu": ["torch==2.13.0"],
-        "gpu": ["triton>=3"],
+        "gpu": ["triton>=3.4"],
         "mpi": ["mpi4py>=4"],
         "plot": ["matplotlib>=3.8"],
         # Preprocessing: the fast encoder, faster JSON, zstd before Python 3.14, SentencePiece models, Parquet.
@@ -46,6 +46,7 @@ setup(
             "mpi4py>=4",
             "openmpi>=5",
             "psutil>=5.9",
+            'triton>=3.4; platform_system == "Linux"',  # whose interpreter runs the GPU's kernels on a CPU
         ],
     },
 )

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import pretrain
@@ -275,6 +276,12 @@ def test_a_global_batch_that_does_not_divide_is_refused(config_file, tmp_path):
 
 def test_a_dry_run_finds_a_global_batch_that_does_not_divide(config_file, capsys):
     assert "use 6 or 9" in refused_by_dry_run(capsys, config_file, "--training.micro_batch_size", 3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_kernel_of_another_device_is_refused(config_file):
+    line = refused(run_main(config_file, "--ops.cross_entropy", "triton"))
+    assert "ops.cross_entropy is triton: that needs a GPU, and there is none here; use torch" in line
 
 
 def test_a_folder_that_cannot_be_written_is_refused(config_file, tmp_path):

@@ -87,7 +87,7 @@ class MultiTokenHeads(nn.Module):
             raise ValueError(f"heads.loss_weights has {len(weights)} entries; n_future_tokens is {n}")
         self.vocab_size = config.vocab_size
         self.mode, self.chunk_tokens = heads_config.mode or "sequential", heads_config.chunk_tokens
-        self.loss_weights, self.tp = tuple(weights), tp
+        self.loss_weights, self.tp, self.backend = tuple(weights), tp, ops.cross_entropy
         self.sink: GradientSink | None = None
         if self.mode == "sequential":  # one head's activations exist at a time: nothing to save
             ops = replace(ops, recompute="none")
@@ -141,7 +141,7 @@ class MultiTokenHeads(nn.Module):
     def _head_loss(self, k: int, z: Tensor, targets: Tensor, inputs: BlockInputs, cross_entropy) -> TokenLosses:
         options = {}
         if cross_entropy is not reference_linear_cross_entropy:
-            options = {"chunk_tokens": self.chunk_tokens, **self.vocabulary}
+            options = {"chunk_tokens": self.chunk_tokens, "backend": self.backend, **self.vocabulary}
         hidden = self.tp.enter(self.hidden(k, z, inputs)).flatten(0, 1)
         return cross_entropy(hidden, self.unembedding, targets.flatten(), **options)
 
@@ -154,7 +154,7 @@ class MultiTokenHeads(nn.Module):
                 self.unembedding,
                 targets.flatten(1),
                 scales,
-                self.chunk_tokens,
+                (self.chunk_tokens, self.backend),
                 self.vocabulary,
             )
         )
@@ -169,9 +169,9 @@ class _JointLoss(torch.autograd.Function):
     """One chunked linear cross-entropy per head's hidden state, one accumulator for the unembedding's gradient."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scales, chunk_tokens, vocabulary):
+    def forward(ctx, hidden, weight, targets, scales, how, vocabulary):
         dhidden, dweight, losses = torch.empty_like(hidden), None, []
-        workspace = Workspace(hidden.shape[1], weight, chunk_tokens)
+        workspace = Workspace(hidden.shape[1], weight, *how)
         for k, scale in enumerate(scales):
             result = linear_cross_entropy_with_grads(
                 hidden[k], weight, targets[k], grad_scale=scale, dweight=dweight, workspace=workspace, **vocabulary
@@ -209,7 +209,7 @@ class _SequentialHeads(torch.autograd.Function):
         else:
             grads = {parameter: sink.accumulator(parameter) for parameter in parameters}
         dz, losses = torch.zeros_like(z), []
-        workspace = Workspace(targets[0].numel(), module.unembedding, module.chunk_tokens)
+        workspace = Workspace(targets[0].numel(), module.unembedding, module.chunk_tokens, module.backend)
         for k, scale in enumerate(scales):
             own = [*module.heads[k].parameters(), module.norm.weight]
             with torch.enable_grad():

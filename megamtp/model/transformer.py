@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megamtp.config import REQUIRED, config_dataclass, option
 from megamtp.ops.attention import ATTENTION_BACKENDS, Documents, attention
+from megamtp.ops.cross_entropy import CrossEntropyBackend
 from megamtp.ops.elementwise import apply_rotary, rotary_table, swiglu
 from megamtp.ops.norm import rms_norm
 from megamtp.parallel.layers import ColumnParallel, Layer, RowParallel, column_parallel
@@ -80,6 +81,9 @@ class OpsConfig:
 
     attention: Literal["sdpa", "reference"] = option(
         "sdpa", "sdpa: PyTorch's fused attention; reference: the definition"
+    )
+    cross_entropy: CrossEntropyBackend = option(
+        "torch", "a chunk of logits into its gradient: torch; triton: one kernel, on a GPU, fp32 or narrower"
     )
     recompute: Literal["none", "selective", "full"] = option(
         "none", "what a backward pass computes again: none; selective: attention, q to output; full: the whole block"

@@ -12,12 +12,13 @@ Shapes: t tokens, d width, V rows of the unembedding (of this rank's slice of it
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+CrossEntropyBackend = Literal["torch", "triton"]
 IGNORE_INDEX = -100
 CHUNK_TOKENS = 1024
 # On a CPU the softmax runs over a few rows at a time, which stay in its cache between the passes.
@@ -68,14 +69,17 @@ class Workspace:
     Allocated once and used for every chunk of every head: memory of this size is slow to come by (page faults).
     """
 
-    def __init__(self, n_tokens: int, weight: Tensor, chunk_tokens: int = CHUNK_TOKENS):
+    def __init__(
+        self, n_tokens: int, weight: Tensor, chunk_tokens: int = CHUNK_TOKENS, backend: CrossEntropyBackend = "torch"
+    ):
+        self.backend = backend
         chunk = max(1, min(chunk_tokens, n_tokens))
         self.stats_dtype = torch.promote_types(weight.dtype, torch.float32)
         self.chunk_logits = torch.empty(chunk, weight.shape[0], dtype=weight.dtype, device=weight.device)
         row_bytes = weight.shape[0] * self.stats_dtype.itemsize
         self.n_rows = chunk if weight.device.type != "cpu" else min(chunk, max(1, CACHE_BYTES // row_bytes))
         self._wide_rows = None
-        if self.stats_dtype != weight.dtype:
+        if self.stats_dtype != weight.dtype and backend == "torch":
             shape = (self.n_rows, weight.shape[0])
             self._wide_rows = torch.empty(shape, dtype=self.stats_dtype, device=weight.device)
 
@@ -102,6 +106,7 @@ def linear_cross_entropy_with_grads(
     ignore_index: int = IGNORE_INDEX,
     chunk_tokens: int = CHUNK_TOKENS,
     workspace: Workspace | None = None,
+    backend: CrossEntropyBackend = "torch",
     vocab_start: int = 0,
     vocab_size: int | None = None,
     split: VocabSplit | None = None,
@@ -112,7 +117,7 @@ def linear_cross_entropy_with_grads(
     int64, ids of the whole vocabulary or ``ignore_index``. ``grad_scale`` multiplies the gradients, not the
     loss; a tensor of (t,) scales each token. ``dweight`` is an accumulator (V, d) in the statistics' dtype:
     it is added to, so that several heads can share one, as they can share a ``workspace`` (which then decides
-    the chunk).
+    the chunk and the backend). ``backend``: what turns a chunk's logits into their gradient.
 
     ``split`` reduces over the other ranks' slices, once a chunk: every rank must pass the same hidden, targets,
     scale and chunk. The losses are those of the whole vocabulary, the same on every rank; dweight is that of this
@@ -134,7 +139,7 @@ def linear_cross_entropy_with_grads(
     _refuse_foreign_targets(targets, vocab_size, ignore_index)
 
     n_tokens = hidden.shape[0]
-    workspace = workspace or Workspace(n_tokens, weight, chunk_tokens)
+    workspace = workspace or Workspace(n_tokens, weight, chunk_tokens, backend)
     chunk_tokens = workspace.chunk_logits.shape[0]
     losses = torch.zeros(n_tokens, dtype=workspace.stats_dtype, device=hidden.device)
     correct = torch.zeros(n_tokens, dtype=torch.bool, device=hidden.device)
@@ -186,8 +191,12 @@ def _logits_to_gradient(
 
     Statistics are relative to the largest logit: their rounding does not grow with the logits.
     """
-    valid, here, index, scale = places
     whole = isinstance(split, WholeVocab)
+    if workspace.backend == "triton":
+        from megamtp.ops.cross_entropy_triton import logits_to_gradient
+
+        return logits_to_gradient(logits, places, split, whole, need_grads)
+    valid, here, index, scale = places
     blocks = [slice(first, first + workspace.n_rows) for first in range(0, logits.shape[0], workspace.n_rows)]
     tokens = torch.arange(logits.shape[0], device=logits.device)
     target_logit = logits[tokens, index].to(workspace.stats_dtype).where(here, 0)

@@ -2,11 +2,13 @@
 
 import sys
 from dataclasses import asdict
+from importlib.util import find_spec
 
 import torch
 
 from megamtp.config import dump
 from megamtp.data.datasets import describe_data
+from megamtp.errors import UserError
 from megamtp.host_memory import keep_freed_memory
 from megamtp.model.cost import parameters, train_flops_per_token
 from megamtp.model.model import MultiTokenModel
@@ -29,6 +31,8 @@ def pretrain(config: RunConfig, dry_run: bool = False) -> int:
             print(f"parameter tensors: {len(list(model.parameters()))}")
             print(describe_data(data, config.training.steps * config.training.global_batch_size))
         return 0
+    if config.ops.cross_entropy == "triton":
+        _require_triton()
     if rank == 0 and config.parallel.stages > 1:
         print(stage_table(_stages(config, world_size, micro_batches)), flush=True)
     on_cpu = not torch.cuda.is_available()
@@ -43,6 +47,13 @@ def pretrain(config: RunConfig, dry_run: bool = False) -> int:
     code = train(config, grid)
     stop_processes()
     return code
+
+
+def _require_triton() -> None:
+    if not torch.cuda.is_available():
+        raise UserError("ops.cross_entropy is triton: that needs a GPU, and there is none here; use torch")
+    if find_spec("triton") is None:
+        raise UserError("ops.cross_entropy is triton: it is not installed; pip install triton, or use torch")
 
 
 def describe_run(config: RunConfig, world_size: int, micro_batches: int) -> str:

@@ -1,6 +1,6 @@
 """Linear cross-entropy with its vocabulary split over 2 and 4 gloo ranks, against the whole in fp64."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -56,6 +56,7 @@ class Case:
     logits: str = "usual"
     need_grads: bool = True
     block_rows: int = 2  # rows that fit into the cache
+    backend: str = "torch"
 
     def problem(self):
         """hidden (t, d), weight (V, d), targets (t,), scale (t,)."""
@@ -100,6 +101,7 @@ CASES = {
         "no-tokens": {"t": 0},
     }.items()
 }
+CASES |= {f"triton-{n}": replace(case, backend="triton") for n, case in CASES.items() if case.dtype == torch.float32}
 NARROW = {
     f"{slices}-{rows}": Case(torch.bfloat16, t=200, d=32, chunk=64, slices=slices, block_rows=rows)
     for slices in SLICES
@@ -107,6 +109,7 @@ NARROW = {
 }
 NARROW["huge"] = Case(torch.bfloat16, logits="huge", slices="uneven")
 NARROW["confident"] = Case(torch.bfloat16, t=200, d=32, chunk=64, logits="confident")
+NARROW |= {f"triton-{name}": replace(case, backend="triton") for name, case in NARROW.items() if case.block_rows != 64}
 NAN = Case(torch.float32, logits="nan")
 ALL = CASES | {f"bfloat16-{name}": case for name, case in NARROW.items()} | {"nan": NAN}
 
@@ -142,6 +145,7 @@ def run_case(grid, case: Case):
         grad_scale=scale,
         need_grads=case.need_grads,
         chunk_tokens=case.chunk,
+        backend=case.backend,
         vocab_start=start,
         vocab_size=V,
         split=split,
