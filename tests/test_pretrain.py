@@ -208,6 +208,8 @@ def test_a_wrong_value_is_one_line(config_file, capsys, overrides, expected):
         (2, ["tensor=2", "heads.mode=naive"], "heads.mode naive needs whole logits"),
         (1, ["sequence=true"], "parallel.sequence needs parallel.tensor of 2 or more"),
         (2, ["pipeline=2", "zero_stage=2"], "the pipeline accumulates whole gradients over its micro-batches"),
+        (2, ["tensor=2", "ops.compile=true"], "ops.compile compiles blocks that hold their whole weights"),
+        (2, ["zero_stage=3", "ops.compile=true"], "ops.compile compiles blocks that hold their whole weights"),
         (2, ["zero_stage=3", "heads.mode=sequential"], "heads.mode sequential does not go with parallel.zero_stage 3"),
         (2, ["zero_stage=0", "offload_optimizer=true"], "parallel.offload_optimizer needs parallel.zero_stage 1, 2"),
         (8, ["pipeline=8"], "more than the 4 layers (embedding, 2 trunk layers, heads); lower parallel.pipeline"),

@@ -85,6 +85,9 @@ class OpsConfig:
     cross_entropy: CrossEntropyBackend = option(
         "torch", "a chunk of logits into its gradient: torch; triton: one kernel, on a GPU, fp32 or narrower"
     )
+    compile: bool = option(
+        False, "compile each block with torch.compile; for parallel.tensor 1, not under ZeRO-3; takes a minute at start"
+    )
     recompute: Literal["none", "selective", "full"] = option(
         "none", "what a backward pass computes again: none; selective: attention, q to output; full: the whole block"
     )
@@ -170,6 +173,8 @@ class Block(nn.Module):
         self.attention = Attention(config, ops, tp)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, tp)
         self.feed_forward = FeedForward(config, tp)
+        if ops.compile:  # blocks of one shape share what is compiled
+            self.compile(fullgraph=True, dynamic=False)
 
     def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
         if self.recompute and torch.is_grad_enabled():

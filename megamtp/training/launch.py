@@ -1,5 +1,7 @@
 """From a validated config to a running (or described) training: what ``pretrain.py`` calls."""
 
+import os
+import shutil
 import sys
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -33,6 +35,10 @@ def pretrain(config: RunConfig, dry_run: bool = False) -> int:
         return 0
     if config.ops.cross_entropy == "triton":
         _require_triton()
+    if config.ops.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise UserError(
+            "ops.compile: torch.compile needs a C++ compiler, and there is none; install g++, or leave it out"
+        )
     if rank == 0 and config.parallel.stages > 1:
         print(stage_table(_stages(config, world_size, micro_batches)), flush=True)
     on_cpu = not torch.cuda.is_available()

@@ -106,6 +106,11 @@ class RunConfig:
                 "heads.mode sequential does not go with parallel.zero_stage 3, whose parameters are partitioned when "
                 "the heads' own backward needs them; use joint or leave it out"
             )
+        if self.ops.compile and (tp > 1 or self.parallel.zero_stage == 3):
+            raise ValueError(
+                "ops.compile compiles blocks that hold their whole weights; use it with parallel.tensor 1 and "
+                "parallel.zero_stage 0 to 2, or leave it out"
+            )
         choose_cut(model, self.heads_of_layout.mode, self.parallel, self.data.seq_len, self.ops.recompute)
 
     def micro_batches(self, world_size: int) -> int:
