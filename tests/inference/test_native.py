@@ -153,6 +153,7 @@ WRECK = 'while [ $# -gt 1 ]; do [ "$1" = -o ] && echo wreck > "$2"; shift; done'
         ("[ $1 = --version ] || { echo 'blocks.c:1: no OpenMP' >&2; exit 1; }", "blocks.c:1: no OpenMP"),
         ("exit 1", "failed"),
         (WRECK, "does not load"),
+        ("sleep 9", "no answer in 1 seconds"),
     ],
 )
 def test_what_cannot_be_built_is_told(script, message, fresh, tmp_path, monkeypatch):
@@ -160,7 +161,8 @@ def test_what_cannot_be_built_is_told(script, message, fresh, tmp_path, monkeypa
     if script:
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
-    monkeypatch.setenv("CC", str(path))
+    monkeypatch.setenv("CC", f"{path} -g")
+    monkeypatch.setattr(build, "COMPILER_SECONDS", 1)
     with pytest.raises(build.CannotBuild, match=message):
         build.library()
     assert script == WRECK or not fresh.exists() or not os.listdir(fresh)
