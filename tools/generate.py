@@ -68,10 +68,13 @@ def main(arguments: list[str] | None = None) -> None:
         generation = run(lambda _, new: print(stream.add(new), end="", flush=True), **drafts)
         print(stream.end(), flush=True)
     print(summary(generation, widths), file=sys.stderr)
-    if options.compare:
-        plain = run(draft_heads=0)
-        factor = generation.tokens_per_second / plain.tokens_per_second
-        print(f"without drafts {plain.tokens_per_second:,.1f} tokens/s: {factor:.2f}x with them", file=sys.stderr)
+    if options.compare:  # both once more: the first run warmed up, and wrote as it went
+        speeds = [run(**how).tokens_per_second for how in (drafts, {"draft_heads": 0})]
+        factor = speeds[0] / speeds[1]
+        print(
+            f"once more: with drafts {speeds[0]:,.1f} tokens/s, without drafts {speeds[1]:,.1f}: {factor:.2f}x",
+            file=sys.stderr,
+        )
 
 
 def read_prompts(options: argparse.Namespace) -> list[dict[str, Any]]:

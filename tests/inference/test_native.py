@@ -38,22 +38,25 @@ def test_drafts_and_batches_change_no_token_in_fp32(plain, how, batch_size):
 @pytest.mark.parametrize("n_kv_heads", [None, 1])
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_a_position_has_the_same_bits_in_any_company(n_kv_heads, n_threads):
-    """Logits of 40 tokens: as a prompt, one by one, three by three, and each in the middle of a batch and a tree."""
-    model = model_of(n_kv_heads)
-    decoder, tokens = native(model), random_tokens(40)
+    """Logits of 60 tokens: as a prompt, one by one, three by three, and each in the middle of a batch and a tree.
+
+    With two threads a model wide enough for them to share the work of a prompt and of three positions, not of one.
+    """
+    model = model_of(n_kv_heads, **({"dim": 256, "ffn_dim": 1024} if n_threads == 2 else {}))
+    decoder, tokens = native(model), random_tokens(60)
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
         expected = decoder.all_heads(tokens[None])[0]
         for n_new in (1, 3):
-            cache, found = decoder.new_cache(1, 48, 0), []
-            for start in range(0, 39, n_new):
+            cache, found = decoder.new_cache(1, 68, 0), []
+            for start in range(0, 60, n_new):
                 at = decoder.next_positions([start], n_new)
                 z = decoder.trunk(tokens[None, start : start + n_new], at, cache)
                 found.append(decoder.head_1(z, at, cache)[0])
-            assert torch.equal(torch.cat(found), expected[: len(torch.cat(found))])
+            assert torch.equal(torch.cat(found), expected)
         tree = Tree((2, 1))  # nodes 0; 1, 2; 3, 4: the path 0, 2, 4 is the text's
-        cache, lengths = decoder.new_cache(5, 48, 0), [0, 7, 33, 20, 36]
+        cache, lengths = decoder.new_cache(5, 68, 0), [0, 7, 33, 20, 56]
         for row, length in enumerate(lengths[1:], 1):
             at = decoder.prompt_positions(row, length)
             decoder.head_1(decoder.trunk(tokens[None, :length], at, cache), at, cache)

@@ -17,6 +17,7 @@
 #define PANEL 32     /* columns of the cache's panels */
 #define LANES 16     /* partial sums of a norm, partial maxima of a softmax */
 #define FFN_ROWS 128 /* rows of hidden units that exist at a time */
+#define THREAD_WORK (1l << 20) /* multiplications that are worth meeting for: some 30 microseconds of one thread */
 
 /* Numbers in a register, and rows at a time such that the sums fit into the registers. */
 #if defined(__AVX512F__)
@@ -60,6 +61,8 @@ struct positions {
     const int *depths;        /* (n_new,) place behind the length; NULL: 0, 1, 2 ... */
     const uint8_t *ancestors; /* (n_new, n_new) which new ones each sees; NULL: those before it, and itself */
 };
+
+static inline int threads_for(long work, int n_threads) { return work < THREAD_WORK ? 1 : n_threads; }
 
 static inline int padded(int n, int panel) { return (n + panel - 1) / panel * panel; }
 
@@ -108,6 +111,7 @@ static void panel(int rows, int k, const float *x, long x_stride, const float *w
 static void product(int rows, int k, const float *x, long x_stride, const float *w, int n, float *out, int add,
                     int n_threads)
 {
+    n_threads = threads_for((long)rows * k * n, n_threads);
 #pragma omp parallel for num_threads(n_threads) if (n_threads > 1)
     for (int c = 0; c < n; c += WIDE) {
         float result[WIDE_TILE * WIDE];
@@ -145,7 +149,8 @@ static inline float exponential(float x)
 
 static void norm(int rows, int dim, const float *x, const float *weight, float eps, float *out, int n_threads)
 {
-#pragma omp parallel for num_threads(n_threads) if (n_threads > 1 && rows > TILE)
+    n_threads = threads_for((long)rows * dim, n_threads);
+#pragma omp parallel for num_threads(n_threads) if (n_threads > 1)
     for (int r = 0; r < rows; r++) {
         const float *row = x + (long)r * dim;
         float lanes[LANES] = {0}, sum = 0;
@@ -178,7 +183,8 @@ static void rotate_and_store(const struct model *m, const struct positions *at, 
                              int capacity)
 {
     const int hd = m->head_dim, g = m->n_kv_heads, width = (m->n_heads + 2 * g) * hd;
-#pragma omp parallel for num_threads(m->n_threads) if (m->n_threads > 1 && at->n_rows * at->n_new > TILE)
+    const int n_threads = threads_for((long)at->n_rows * at->n_new * width, m->n_threads);
+#pragma omp parallel for num_threads(n_threads) if (n_threads > 1)
     for (int n = 0; n < at->n_rows * at->n_new; n++) {
         const int b = n / at->n_new, i = n % at->n_new, slot = at->lengths[b] + i;
         const int place = at->lengths[b] + (at->depths ? at->depths[i] : i);
@@ -301,7 +307,11 @@ static int run_block(const struct model *m, int layer, const struct cache *cache
         norm(rows, d, x, w->attention_norm, m->norm_eps, normed, m->n_threads);
         product(rows, d, normed, d, w->wqkv, width, qkv, 0, m->n_threads);
         rotate_and_store(m, at, qkv, keys, values, cache->capacity);
-#pragma omp parallel for collapse(3) num_threads(m->n_threads) if (m->n_threads > 1)
+        long seen = 0;
+        for (int b = 0; b < at->n_rows; b++)
+            seen += at->lengths[b] + at->n_new;
+        const int n_threads = threads_for(2 * seen * per_row * m->n_kv_heads * hd, m->n_threads);
+#pragma omp parallel for collapse(3) num_threads(n_threads) if (n_threads > 1)
         for (int b = 0; b < at->n_rows; b++)
             for (int head = 0; head < m->n_kv_heads; head++)
                 for (int t = 0; t < n_tiles; t++) {
