@@ -137,4 +137,4 @@ def _logit_bytes(config: ModelConfig, heads: HeadsConfig, mode: str, tokens: int
     rows = min(config.vocab_size, share(config.padded_vocab_size, tensor))
     if mode == "naive":
         return tokens * config.n_future_tokens * rows * 12
-    return min(tokens, heads.chunk_tokens) * rows * (4 + (2 if width == 2 else 0))
+    return min(tokens, heads.chunk) * rows * (4 + (2 if width == 2 else 0))
