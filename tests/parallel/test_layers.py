@@ -41,7 +41,7 @@ class Setting:
         self.tokens = torch.randint(0, 101, (batch, SEQ_LEN), generator=self.generator)
         documents = (torch.rand(batch, SEQ_LEN, generator=self.generator) < 0.2).cumsum(1)
         positions = torch.randint(0, 9, (batch, SEQ_LEN), generator=self.generator)
-        self.inputs = block_inputs(self.config, "sdpa", SEQ_LEN, self.x.device, positions, documents)
+        self.inputs = block_inputs(self.config, OpsConfig(), SEQ_LEN, self.x.device, positions, documents)
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
