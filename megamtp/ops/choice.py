@@ -4,6 +4,7 @@ Nothing optional is imported to find out. A config can name each backend; one th
 reason, and never replaced in silence.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,8 +31,8 @@ class OpsConfig:
     attention: AttentionName | None = option(
         None, "flash4, flash3, flash2: flash-attn; sdpa: PyTorch's; cudnn: the same by cuDNN; flex: FlexAttention"
     )
-    norm: NormName | None = option(None, "RMSNorm: torch, apex, or reference, the definition")
-    elementwise: ElementwiseName | None = option(None, "rotary positions and SwiGLU: triton, or torch")
+    norm: NormName | None = option(None, "RMSNorm: torch; compiled, by torch.compile; apex; reference, the definition")
+    elementwise: ElementwiseName | None = option(None, "rotary positions and SwiGLU: triton; compiled, as above; torch")
     cross_entropy: CrossEntropyBackend | None = option(
         None, "a chunk of logits into its gradient: triton, one kernel; torch; liger; apex"
     )
@@ -93,7 +94,8 @@ _MODULES = {
     "apex xentropy": "xentropy_cuda",
 }
 _DISTRIBUTIONS = {"flash-attn 4": "flash-attn-4"}
-PACKAGES = (*_MODULES, *_DISTRIBUTIONS, "nvcc")
+_PROGRAMS = {"nvcc": ["nvcc"], "a C++ compiler": ["c++", "g++", "clang++"]}
+PACKAGES = (*_MODULES, *_DISTRIBUTIONS, *_PROGRAMS)
 
 
 def this_machine(device: torch.device) -> Machine:
@@ -101,7 +103,8 @@ def this_machine(device: torch.device) -> Machine:
     on_gpu = device.type == "cuda"
     found = {package for package, module in _MODULES.items() if find_spec(module)}
     found |= {package for package, name in _DISTRIBUTIONS.items() if _is_distributed(name)}
-    found |= {"nvcc"} if shutil.which("nvcc") else set()
+    found |= {program for program, names in _PROGRAMS.items() if any(map(shutil.which, names))}
+    found |= {"a C++ compiler"} if shutil.which(os.environ.get("CXX", "")) else set()
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
     capability = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
     return Machine(device.type, name, capability, frozenset(found))
@@ -150,6 +153,11 @@ def _not_offloaded(_: Machine, use: Use, __: OpsConfig) -> str | None:
     return "updates on the GPU, where parallel.offload_optimizer has no states" if use.offload_optimizer else None
 
 
+def _compiler(machine: Machine, _: Use, __: OpsConfig) -> str | None:
+    needed = "triton" if machine.device == "cuda" else "a C++ compiler"
+    return None if needed in machine.installed else f"is torch.compile's work, which needs {needed}"
+
+
 def _not_compiled(_: Machine, __: Use, ops: OpsConfig) -> str | None:
     return "cannot be traced by torch.compile; leave ops.compile out" if ops.compile else None
 
@@ -190,6 +198,7 @@ _BACKENDS = {
     ],
     "norm": [
         _Backend("apex", _on_gpu("apex"), None),
+        _Backend("compiled", _compiler, None),
         _Backend("torch", _never, _always),
         _Backend("reference", _never, None),
     ],
@@ -202,6 +211,7 @@ _BACKENDS = {
             "triton",
             "rotary and SwiGLU in one pass each, less memory",
         ),
+        _Backend("compiled", _compiler, None),
         _Backend("torch", _never, _always),
     ],
     "cross_entropy": [
@@ -220,6 +230,8 @@ _BACKENDS = {
 
 def choose(ops: OpsConfig, machine: Machine, use: Use) -> tuple[OpsConfig, list[Choice]]:
     """``ops`` with every backend named, and the table. ``UserError`` for one asked for by name that cannot run here."""
+    if ops.compile and (reason := _compiler(machine, use, ops)):
+        raise UserError(f"ops.compile: {reason}; install it, or leave it out")
     choices = []
     for operation, backends in _BACKENDS.items():
         asked = getattr(ops, operation)

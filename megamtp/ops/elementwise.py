@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ElementwiseName = Literal["triton", "torch"]
+ElementwiseName = Literal["triton", "compiled", "torch"]
 
 
 class Elementwise(NamedTuple):
@@ -46,4 +46,5 @@ def elementwise_backend(name: ElementwiseName) -> Elementwise:
         from megamtp.ops import elementwise_triton
 
         return Elementwise(elementwise_triton.apply_rotary, elementwise_triton.swiglu)
-    return Elementwise(apply_rotary, swiglu)
+    plain = Elementwise(apply_rotary, swiglu)
+    return Elementwise(*map(torch.compile, plain)) if name == "compiled" else plain

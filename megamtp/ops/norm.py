@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NormName = Literal["torch", "apex", "reference"]
+NormName = Literal["torch", "compiled", "apex", "reference"]
 Norm = Callable[[Tensor, Tensor, float], Tensor]
 
 
@@ -29,4 +29,6 @@ def norm_backend(name: NormName) -> Norm:
         from apex.normalization.fused_layer_norm import fused_rms_norm_affine
 
         return lambda x, weight, eps: fused_rms_norm_affine(x, weight, weight.shape, eps)
+    if name == "compiled":
+        return torch.compile(reference_rms_norm)
     return {"torch": rms_norm, "reference": reference_rms_norm}[name]

@@ -84,6 +84,13 @@ def test_what_is_asked_for_is_kept_and_marked():
 @pytest.mark.parametrize(
     ("machine", "use", "asked", "message"),
     [
+        (HOPPER, USE, {"norm": "compiled"}, "compiled: is torch.compile's work, which needs triton; use torch"),
+        (
+            replace(CPU, installed=NOTHING),
+            USE,
+            {"compile": True},
+            "ops.compile: is torch.compile's work, which needs a C",
+        ),
         (CPU, USE, {"cross_entropy": "triton"}, "ops.cross_entropy is triton: needs a GPU; use torch, or leave it out"),
         (HOPPER, USE, {"attention": "flash2"}, "flash2: flash-attn 2 is not installed; use cudnn or sdpa or reference"),
         (replace(HOPPER, installed=EVERYTHING, capability=(8, 0)), USE, {"attention": "flash3"}, "whose compute"),

@@ -87,7 +87,7 @@ def test_swiglu():
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TRITON = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+FAST = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
 
 
 def gradients(function, inputs, upstream):
@@ -96,7 +96,7 @@ def gradients(function, inputs, upstream):
     return [x.cpu() for x in (out.detach(), *torch.autograd.grad(out, inputs, upstream.to(DEVICE)))]
 
 
-@TRITON
+@FAST
 @pytest.mark.parametrize("shape", [(2, 9, 3, 8), (1, 40, 5, 64), (3, 700, 1, 2)], ids=str)  # the last: several blocks
 @pytest.mark.parametrize("per_row", [False, True])
 def test_rotary_by_triton(per_row, shape, dtype, tolerance):
@@ -106,15 +106,15 @@ def test_rotary_by_triton(per_row, shape, dtype, tolerance):
     positions = torch.randint(0, 5000, (b, s), generator=generator) if per_row else torch.arange(s)
     table = rotary_table(positions, hd, 10000.0)
     on_device = tuple(half.to(DEVICE) for half in table)
-    triton = elementwise_backend("triton").rotary
-    ours = gradients(lambda x: triton(x, on_device), [x], upstream)
+    rotary = elementwise_backend("triton").rotary
+    ours = gradients(lambda x: rotary(x, on_device), [x], upstream)
     wanted = gradients(lambda x: apply_rotary(x, on_device).double(), [x.double()], upstream.double())
     assert ours[0].dtype == ours[1].dtype == dtype
     for a, b in zip(ours, wanted, strict=True):
         assert relative_error(a, b) <= tolerance
 
 
-@TRITON
+@FAST
 @pytest.mark.parametrize("shape", [(3,), (2, 9, 24), (1, 1025)], ids=str)
 def test_swiglu_by_triton(shape, dtype, tolerance):
     generator = torch.Generator().manual_seed(0)
@@ -138,3 +138,14 @@ def test_triton_takes_slices_that_do_not_lie_together():
     (grad,) = torch.autograd.grad(triton.rotary(leaf, table).transpose(1, 2).sum(1).sum(), leaf)
     (wanted,) = torch.autograd.grad(apply_rotary(leaf, table).sum(), leaf)
     assert torch.allclose(grad, wanted, atol=1e-6)
+
+
+def test_compiled():
+    x, up = heads(torch.bfloat16), heads(torch.bfloat16, seed=1)
+    table, compiled = rotary_table(torch.arange(S), HD, 10000.0), elementwise_backend("compiled")
+    for fast, plain in ((lambda x: compiled.rotary(x, table), lambda x: apply_rotary(x, table)), (compiled[1], swiglu)):
+        inputs = [x, up] if plain is swiglu else [x]
+        ours = gradients(fast, inputs, up)
+        wanted = gradients(lambda *x, plain=plain: plain(*x).double(), [x.double() for x in inputs], up.double())
+        for a, b in zip(ours, wanted, strict=True):
+            assert a.dtype == torch.bfloat16 and relative_error(a, b) <= 2**-7

@@ -5,7 +5,7 @@ from megamtp.ops.norm import norm_backend
 from tests.ops.closeness import EXACT, relative_error
 from tests.ops.fake_libraries import fused_rms_norm_affine, install
 
-NORMS = pytest.mark.parametrize("norm", ["apex", "torch", "reference"], indirect=True)
+NORMS = pytest.mark.parametrize("norm", ["apex", "compiled", "torch", "reference"], indirect=True)
 
 
 @pytest.fixture
