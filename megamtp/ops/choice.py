@@ -256,6 +256,16 @@ def choose(ops: OpsConfig, machine: Machine, use: Use) -> tuple[OpsConfig, list[
     return replace(ops, **{choice.operation: choice.backend for choice in choices}), choices
 
 
+def runnable(ops: OpsConfig, machine: Machine, use: Use) -> list[tuple[str, str]]:
+    """(operation, backend) of all that can run, best first."""
+    return [
+        (operation, backend.name)
+        for operation, backends in _BACKENDS.items()
+        for backend in backends
+        if not backend.obstacle(machine, use, ops)
+    ]
+
+
 def choice_table(machine: Machine, choices: list[Choice]) -> str:
     """What ``pretrain.py`` prints: a line an operation, and below it what an installation would gain."""
     width = max(len(choice.operation) for choice in choices)

@@ -7,7 +7,7 @@ import torch
 
 from megamtp.errors import RunFailure
 from megamtp.ops import cross_entropy_triton, elementwise_triton
-from megamtp.ops.choice import _BACKENDS, OpsConfig, Use, choose, this_machine
+from megamtp.ops.choice import OpsConfig, Use, choose, runnable, this_machine
 from megamtp.ops.comparison import TOLERANCE, Shape, check_backends, comparisons
 
 CPU = torch.device("cpu")
@@ -59,18 +59,6 @@ def test_what_is_portable_is_not_checked(monkeypatch):
         [c.error() for c in comparisons(OpsConfig(), SMALL, torch.float32, CPU)]
 
 
-def runnable() -> list[tuple[str, str]]:
-    """(operation, backend) of all that can run on this machine's GPU in bf16."""
-    machine, use = this_machine(torch.device("cuda")), Use(half=True, documents=True, split_vocabulary=False)
-    ops = OpsConfig()
-    return [
-        (operation, backend.name)
-        for operation, backends in _BACKENDS.items()
-        for backend in backends
-        if operation != "adamw" and not backend.obstacle(machine, use, ops)
-    ]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [SMALL, replace(LARGE, s=1000), LARGE], ids=["small", "odd", "large"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -78,8 +66,9 @@ def test_every_backend_of_a_gpu(dtype, shape):
     if shape is SMALL:
         shape = replace(shape, hd=64)
     device, failed = torch.device("cuda"), []
-    for operation, name in runnable():
-        if dtype == torch.float32 and name.startswith(("flash", "cudnn")):
+    use = Use(half=dtype == torch.bfloat16, documents=True, split_vocabulary=False)
+    for operation, name in runnable(OpsConfig(), this_machine(device), use):
+        if operation == "adamw":
             continue
         for comparison in comparisons(OpsConfig(**{operation: name}), shape, dtype, device):
             if comparison.backend == name and not (error := comparison.error()) <= TOLERANCE[dtype]:
