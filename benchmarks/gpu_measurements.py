@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ class Bench:
         self.measurements["decode plain"] = partial(self.decode, Decoder)
         if device.type == "cuda":
             self.measurements["decode graphs"] = partial(self.decode, GraphedDecoder)
+            if find_spec("megatron"):
+                self.measurements["train 1.3b n4 megatron-core"] = self.megatron
 
     # --- ceilings
 
@@ -233,6 +236,36 @@ class Bench:
             "layers": config.n_layers,
             "of_layers": size.n_layers,
             "flops": flops,
+        }
+
+    def megatron(self) -> Result:
+        """megatron-core's own multi-token prediction at the same layers, without the update, in tokens/s."""
+        from gpu_megatron import megatron_step
+
+        self._grid = self._grid or start_processes()
+        size, config = self.sizes["1.3b"], self.model("1.3b", 4, self.layers_that_fit("1.3b"))
+        step, layers_of = megatron_step(
+            dim=config.dim,
+            n_trunk_layers=config.n_trunk_layers,
+            n_heads=config.n_heads,
+            ffn_dim=config.hidden_dim,
+            vocab=self.vocab,
+            seq_len=self.seq_len,
+            n_future_tokens=4,
+            micro_batch=size.micro_batch,
+            micro_batches=MICRO_BATCHES,
+            device=self.device,
+        )
+        step()
+        self.reset_peak()
+        seconds = self.time(step, 5)
+        return {
+            "seconds": statistics.median(seconds),
+            "spread_s": spread(seconds),
+            "tokens_per_s": MICRO_BATCHES * size.micro_batch * self.seq_len / statistics.median(seconds),
+            "peak_gib": self.peak_gib(),
+            "layers": config.n_layers,
+            "layers_of": layers_of,
         }
 
     def engine(self, config: ModelConfig, heads: HeadsConfig, ops: OpsConfig, micro_batch: int, precision="bf16"):
