@@ -1,9 +1,7 @@
 """The measurements of ``gpu.py``, by name. Times are medians of runs between which the device is waited for."""
 
-import gc
 import inspect
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_timing import Timing, spread
 
 from megamtp.engine.build import build_engine
 from megamtp.engine.launch import start_processes
@@ -56,14 +55,14 @@ SIZES = {
 TINY = {"0.3b": Size(32, 8, 2, 2), "1.3b": Size(48, 12, 2, 1, heads=(1, 2, 4, 8)), "3b": Size(64, 8, 2, 1)}
 
 
-class Bench:
+class Bench(Timing):
     """``measurements``: name -> function. What has been measured before is in ``results``."""
 
     def __init__(self, device: torch.device, tiny: bool, results: dict[str, Result]):
-        self.device, self.tiny, self.results = device, tiny, results
+        super().__init__(device, rounds=3 if tiny else 10)
+        self.tiny, self.results = tiny, results
         self.vocab, self.seq_len = (300, 64) if tiny else (32_000, 4096)
         self.sizes = TINY if tiny else SIZES
-        self.rounds = 3 if tiny else 10
         self.machine = this_machine(device)
         self.use = Use(half=True, documents=False, split_vocabulary=False)
         self._grid = None
@@ -380,47 +379,9 @@ class Bench:
             "gain_at_3.5_tokens_a_pass": 3.5 * plain / drafting,  # what the paper counts on code
         }
 
-    # --- common
-
-    def time(self, function: Callable[[], Any], rounds: int | None = None) -> list[float]:
-        """Seconds of each of ``rounds`` runs; where the number is not given, after two that do not count."""
-        for _ in range(2 if rounds is None else 0):
-            function()
-        seconds = []
-        for _ in range(rounds or self.rounds):
-            self.wait()
-            started = time.perf_counter()
-            function()
-            self.wait()
-            seconds.append(time.perf_counter() - started)
-        return seconds
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def reset_peak(self) -> int:
-        """Bytes allocated now."""
-        if self.device.type != "cuda":
-            return 0
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return torch.cuda.memory_allocated(self.device)
-
-    def peak_gib(self) -> float | None:
-        return torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
-
-    def free(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
 
 def micro_batch(window: torch.Tensor, n: int) -> dict[str, torch.Tensor | None]:
     """(rows, s + n) tokens -> a model's inputs: targets of head k are k tokens ahead."""
     s = window.shape[1] - n
     targets = torch.stack([window[:, k : k + s] for k in range(1, n + 1)])
     return {"tokens": window[:, :s], "targets": targets, "positions": None, "document_ids": None}
-
-
-def spread(seconds: list[float]) -> list[float]:
-    return [min(seconds), max(seconds)]
