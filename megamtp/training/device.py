@@ -69,6 +69,7 @@ def check_kernels(config: RunConfig, grid: ProcessGrid) -> None:
     shape = Shape(1, CHECKED_TOKENS, model.n_heads, model.kv_heads, model.head_dim, model.hidden_dim, model.vocab_size)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     check_backends(config.ops, shape, dtype, grid.device)
+    torch.cuda.empty_cache()  # the definitions held whole logits
 
 
 def device_peak(config: RunConfig, device: torch.device) -> float | None:
