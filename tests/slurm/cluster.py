@@ -55,17 +55,16 @@ SlurmdParameters=config_overrides
 class Cluster:
     """``nodes`` slurmd of ``cpus`` (claimed) CPUs, in partition ``test``. ``RuntimeError`` where it does not come up.
 
-    ``extra`` lines go into slurm.conf, with ``gres`` on each node; nodes from ``started`` on exist on paper alone.
+    ``extra`` lines go into slurm.conf, ``gres`` into the line of each node.
     """
 
-    def __init__(self, folder: Path, nodes: int, cpus: int = 2, extra: str = "", gres: str = "", started: int = 99):
+    def __init__(self, folder: Path, nodes: int, cpus: int = 2, extra: str = "", gres: str = ""):
         self.folder = folder
         self.nodes = [f"n{i}" for i in range(1, nodes + 1)]
         self.environment = os.environ | {"PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")}
         for name in list(self.environment):
             if name.startswith(("SBATCH_", "SLURM_", "SRUN_")) and name != "SLURM_CONF":
                 del self.environment[name]
-        self._started = self.nodes[:started]
         self._daemons: dict[str, subprocess.Popen] = {}
         ports = iter(free_ports(nodes + 1))
         host = socket.gethostname()
@@ -80,7 +79,7 @@ class Cluster:
             self._start_munge()
             (self.folder / "state").mkdir()
             self._start("slurmctld", ["slurmctld", "-D", "-i"])
-            for name in self._started:
+            for name in self.nodes:
                 (self.folder / f"spool-{name}").mkdir()
                 self.start_node(name)
             self._wait_for_nodes()
@@ -155,7 +154,7 @@ class Cluster:
     def _wait_for_nodes(self) -> None:
         def up() -> bool:
             states = self.command("sinfo", "-h", "-N", "-o", "%N %T", check=False).splitlines()
-            return {f"{name} idle" for name in self._started} <= {state.strip() for state in states}
+            return {f"{name} idle" for name in self.nodes} <= {state.strip() for state in states}
 
         self._until(up, "slurmctld")
 

@@ -1,0 +1,220 @@
+"""The batch scripts under a real SLURM: three nodes on this host, jobs of two, and what befalls them on a cluster."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import pretrain
+from tests.distributed import run_ranks
+from tests.slurm.cluster import Cluster, missing_programs
+from tests.training.tiny import config_dict, exact, run_config, run_training, step_lines, write_corpus
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(pretrain.__file__).parent
+LAYOUT = {"parallel.zero_stage": 1, "data.workers": 0}
+SITE = f"""
+PYTHON={sys.executable} SRUN_OPTIONS=(--wait=10) IN_CONTAINER=() HEALTH_CHECK=(check)
+check() {{ [ ! -e "$RUN_TREE/sick-$SLURMD_NODENAME" ]; }}
+export -f check
+# The nodes are one host, whose names for them nobody can look up.
+export MASTER_ADDR=127.0.0.1 GLOO_SOCKET_IFNAME=lo
+export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
+"""
+# A step takes as long as a larger model's, without its work: the other tests want the cores.
+PAUSE = """
+import time
+from megamtp.data.loader import Loader
+next_step = Loader.next_step
+def slow_step(self):
+    time.sleep({seconds})
+    return next_step(self)
+Loader.next_step = slow_step
+"""
+SMALL = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    missing = missing_programs()
+    reason = f"SLURM is not installed: no {', '.join(missing)}" if missing else None
+    if not missing and os.geteuid() != 0:
+        reason = "SLURM's daemons need root"
+    if reason and os.environ.get("MEGAMTP_REQUIRE_SLURM"):
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("slurm")
+    with Cluster(folder, nodes=3, cpus=16, **gpus(folder)) as cluster:
+        yield cluster
+
+
+def gpus(folder: Path) -> dict[str, str]:
+    """What makes SLURM believe in 8 GPUs a node: files that stand for devices."""
+    for i in range(8):
+        (folder / f"gpu{i}").touch()
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
+    return {"extra": "GresTypes=gpu", "gres": "Gres=gpu:8"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder / "train", n_documents=60, seed=0)
+    write_corpus(folder / "validation", n_documents=10, seed=1)
+    return folder
+
+
+def make_tree(folder: Path, before_main: str) -> Path:
+    """A source tree for a CPU cluster; ``before_main`` runs in ``pretrain.py`` before it begins."""
+    shutil.copytree(ROOT / "megamtp", folder / "megamtp", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "launch_scripts", folder / "launch_scripts")
+    (folder / "tools").mkdir()
+    (folder / "launch_scripts/slurm/site.sh").write_text(f"export RUN_TREE={folder}\n" + SITE)
+    source = (ROOT / "pretrain.py").read_text()
+    assert source.count("\nif __name__") == 1
+    (folder / "pretrain.py").write_text(source.replace("\nif __name__", f"{before_main}\nif __name__"))
+    return folder
+
+
+def submit(cluster: Cluster, tree: Path, run_dir: Path, config: dict, *options: str) -> str:
+    """The number of a job of two ranks on two nodes."""
+    (tree / "config.yaml").write_text(yaml.safe_dump(config))
+    script = str(tree / "launch_scripts/slurm/submit.sh")
+    command = [script, "--parsable", *SMALL, *options, "pretrain_13b.sbatch", str(tree / "config.yaml"), str(run_dir)]
+    return cluster.command(*command).split(";")[0]
+
+
+def logs(run_dir: Path) -> str:
+    """For the message of a failure: all that the job has said."""
+    files = [*sorted((run_dir / "slurm").glob("*.log")), *sorted((run_dir / "slurm").glob("*/*.log"))]
+    return "\n".join(f"--- {file.relative_to(run_dir)}\n{file.read_text(errors='replace')[-3000:]}" for file in files)
+
+
+def batch_log(run_dir: Path) -> str:
+    return next((run_dir / "slurm").glob("batch-*.log")).read_text()
+
+
+def nodes_of_starts(run_dir: Path) -> list[str]:
+    return re.findall(r"start \d+: job \d+ on (\S+),", batch_log(run_dir))
+
+
+def reference(corpus: Path, folder: Path, changes: dict) -> list[dict]:
+    """What a run that nothing happens to writes."""
+    run_ranks(2, run_training, run_config(folder, corpus, changes))
+    return [exact(line) for line in step_lines(folder)]
+
+
+def test_a_run_hit_by_its_time_limit_goes_on_by_itself_and_loses_nothing(cluster, corpus, tmp_path):
+    # Limit and warning are watched twice a minute: the signal comes 60 to 90 s after the start.
+    changes = LAYOUT | {"training.steps": 190}
+    tree, run_dir = make_tree(tmp_path / "tree", PAUSE.format(seconds=0.5)), tmp_path / "run"
+    config = config_dict(run_dir, corpus, changes)
+    job = submit(cluster, tree, run_dir, config, "--time=2", "--signal=B:USR1@30")
+    # What happens to the tree no longer concerns the run.
+    (tree / "pretrain.py").write_text("raise SystemExit(2)\n")
+    expected = reference(corpus, tmp_path / "reference", changes)
+    ended = cluster.wait(job, timeout=400)
+    assert ended["JobState"] == "COMPLETED", logs(run_dir)
+    assert int(ended["Restarts"]) >= 1
+    first = (run_dir / f"slurm/job-{job}-start-0/rank-000.log").read_text()
+    assert "stopped by SIGUSR1" in first, logs(run_dir)
+    assert (run_dir / f"slurm/job-{job}-start-0/rank-001.log").exists()
+    assert "going on from" in (run_dir / f"slurm/job-{job}-start-1/rank-000.log").read_text()
+    assert [exact(line) for line in step_lines(run_dir)] == expected
+
+
+def test_a_node_that_dies_does_not_end_the_run(cluster, corpus, tmp_path):
+    changes = LAYOUT | {"training.steps": 60, "training.checkpoint_every": 10}
+    tree, run_dir = make_tree(tmp_path / "tree", PAUSE.format(seconds=0.5)), tmp_path / "run"
+    job = submit(cluster, tree, run_dir, config_dict(run_dir, corpus, changes))
+    wait_for(run_dir / "checkpoints/latest", run_dir)
+    dead = cluster.command("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).splitlines()[1]
+    cluster.kill(dead)
+    expected = reference(corpus, tmp_path / "reference", changes)
+    try:
+        ended = cluster.wait(job, timeout=240)
+    finally:
+        cluster.start_node(dead)
+    assert ended["JobState"] == "COMPLETED", logs(run_dir)
+    starts = [
+        cluster.command("scontrol", "show", "hostnames", nodes).splitlines() for nodes in nodes_of_starts(run_dir)
+    ]
+    assert len(starts) == 2, logs(run_dir)
+    assert dead in starts[0] and dead not in starts[1]
+    assert [exact(line) for line in step_lines(run_dir)] == expected
+
+
+def wait_for(path: Path, run_dir: Path, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        assert time.monotonic() < deadline, logs(run_dir)
+        time.sleep(0.2)
+
+
+def test_wrong_input_ends_the_job_at_once(cluster, corpus, tmp_path):
+    tree, run_dir = make_tree(tmp_path / "tree", ""), tmp_path / "run"
+    job = submit(cluster, tree, run_dir, config_dict(run_dir, corpus, {"optimizer.learning_rate": 1}))
+    ended = cluster.wait(job, timeout=60)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), logs(run_dir)
+    assert "unknown key" in batch_log(run_dir), logs(run_dir)
+
+
+def test_a_run_that_never_gets_anywhere_stops_after_three_starts(cluster, corpus, tmp_path):
+    failing = 'import os\nos._exit(1 if os.environ["SLURM_PROCID"] == "1" else 0)\n'
+    tree, run_dir = make_tree(tmp_path / "tree", failing), tmp_path / "run"
+    job = submit(cluster, tree, run_dir, config_dict(run_dir, corpus))
+    ended = cluster.wait(job, timeout=120)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "2"), logs(run_dir)
+    assert "3 starts from checkpoint none have led to no newer one" in batch_log(run_dir)
+    # Its second node was the first to fail twice.
+    first, second, third = (nodes for nodes in nodes_of_starts(run_dir))
+    assert first == second != third
+    # An operator's view of the same.
+    assert ended["ExcNodeList"] == cluster.command("scontrol", "show", "hostnames", first).splitlines()[1]
+
+
+def test_a_sick_node_is_left_before_training(cluster, corpus, tmp_path):
+    tree, run_dir = make_tree(tmp_path / "tree", "raise SystemExit(0)\n"), tmp_path / "run"
+    (tree / "sick-n1").touch()
+    job = submit(cluster, tree, run_dir, config_dict(run_dir, corpus))
+    ended = cluster.wait(job, timeout=60)
+    assert (ended["JobState"], ended["Restarts"], ended["ExcNodeList"]) == ("COMPLETED", "1", "n1"), logs(run_dir)
+    assert [nodes for nodes in nodes_of_starts(run_dir)] == ["n[1-2]", "n[2-3]"]
+
+
+def test_a_run_that_is_cancelled_saves_and_stays_ended(cluster, corpus, tmp_path):
+    tree, run_dir = make_tree(tmp_path / "tree", PAUSE.format(seconds=0.5)), tmp_path / "run"
+    changes = LAYOUT | {"training.steps": 1000}
+    job = submit(cluster, tree, run_dir, config_dict(run_dir, corpus, changes))
+    wait_for(run_dir / "metrics.jsonl", run_dir)
+    cluster.command("scancel", job)
+    ended = cluster.wait(job, timeout=60)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), logs(run_dir)
+    time.sleep(3)
+    assert cluster.job(job)["JobState"] == "CANCELLED"
+    assert (run_dir / "checkpoints/latest").exists(), logs(run_dir)
+
+
+def test_the_scripts_as_they_are_fit_a_cluster_of_32_nodes_of_8_gpus(cluster, tmp_path):
+    """Nodes that claim 128 processors and 8 GPUs each; SLURM judges what the #SBATCH lines ask for."""
+    del cluster  # wanted for its skip alone
+    with Cluster(tmp_path, nodes=32, cpus=128, **gpus(tmp_path)) as large:
+
+        def test_only(script: str, *options: str) -> subprocess.CompletedProcess:
+            command = ["sbatch", "--test-only", *options, str(ROOT / "launch_scripts/slurm" / script), str(tmp_path)]
+            return subprocess.run(command, env=large.environment, capture_output=True, text=True, timeout=30)
+
+        for script, nodes in (("pretrain_13b.sbatch", "n[1-32]"), ("pretrain_node.sbatch", "n1")):
+            accepted = test_only(script)
+            assert accepted.returncode == 0 and f"on nodes {nodes} " in accepted.stderr, accepted.stderr
+        # So the judge does judge.
+        assert test_only("pretrain_13b.sbatch", "--gpus-per-node=9").returncode != 0
+        assert test_only("pretrain_13b.sbatch", "--nodes=33").returncode != 0
