@@ -11,7 +11,7 @@ if [ "$found" -lt "$asked" ]; then
   exit 1
 fi
 # Rows of memory that could not be replaced: the next job there fails as this one has.
-if timeout 60 nvidia-smi --query-remapped-rows=remapped_rows.failure --format=csv,noheader | grep -q '^[1-9]'; then
+if timeout 60 nvidia-smi --query-remapped-rows=remapped_rows.failure --format=csv,noheader | grep -qiE '^([1-9]|yes)'; then
   echo "$(hostname): memory rows that cannot be remapped"
   exit 1
 fi

@@ -84,13 +84,19 @@ say "job $job on $SLURM_JOB_NODELIST, commit $(head -n 1 "$run/code/COMMIT"), fr
 
 # --- train
 
-training='' stopped=''
-# Ten minutes before the time limit (--signal): the ranks finish their step, save, and exit with 138.
+training='' stopped='' watchdog=''
+# Some minutes before the time limit (--signal): the ranks finish their step, save, and exit with 138. Those that hang are
+# given up when nine tenths of the minutes are gone: once the limit itself ends the job, it cannot requeue itself.
 # shellcheck disable=SC2317,SC2329
 before_time_limit() {
   stopped=USR1
   say "the time limit is near: the ranks save"
-  [ -z "$training" ] || kill -USR1 "$training"  # srun passes it on to every rank
+  [ -n "$training" ] || return 0
+  kill -USR1 "$training"  # srun passes it on to every rank
+  local end
+  end=$(date -d "$(scontrol show job -o "$job" | sed -nE 's/.* EndTime=([^ ]+).*/\1/p')" +%s)
+  (sleep $(((end - $(date +%s)) * 9 / 10)) && kill -KILL "$training") >/dev/null 2>&1 &
+  watchdog=$!
 }
 trap before_time_limit USR1
 # The job is cancelled or preempted. SLURM has told the ranks as well: nothing to do but to outlive them.
@@ -113,8 +119,11 @@ if [ -z "$stopped" ]; then
     --output="$logs/rank-%3t.log" "${SRUN_OPTIONS[@]}" "${IN_CONTAINER[@]}" \
     "$PYTHON" "$run/code/pretrain.py" "$run/code/run.yaml" --run_dir "$run" "$@" 2>"$logs/srun.log" &
   training=$!
-  # A signal ends `wait` before srun ends.
-  while kill -0 $training 2>/dev/null; do wait $training; code=$?; done
+  wait $training
+  while kill -0 $training 2>/dev/null; do wait $training; done  # a signal had ended `wait`, not srun
+  wait $training
+  code=$?
+  [ -z "$watchdog" ] || kill "$watchdog" 2>/dev/null
   [ ! -s "$logs/srun.log" ] || cat "$logs/srun.log"
 else
   code=138
@@ -135,12 +144,10 @@ esac
 if [ "$starts" -ge $STARTS_WITHOUT_PROGRESS ] && ! [[ $(newest_checkpoint) > $from ]]; then
   give_up "$code" "$no_progress"
 fi
-case $code in
-  138 | 143)
-    say "stopped by a signal, newest checkpoint $(newest_checkpoint); back into the queue"
-    requeue ""
-    ;;
-esac
+if [ $code = 138 ] || [ $code = 143 ] || [ "$stopped" = USR1 ]; then
+  say "stopped by a signal (exit code $code), newest checkpoint $(newest_checkpoint); back into the queue"
+  requeue ""
+fi
 # A rank has failed. Its node is avoided when the health check says so, or when it was the first at the last failure as well:
 # once may be chance, and an exclusion that is not needed may leave too few nodes.
 suspect=$(first_to_fail)

@@ -69,8 +69,8 @@ class Cluster:
         ports = iter(free_ports(nodes + 1))
         host = socket.gethostname()
         lines = [CONFIG.format(folder=folder, host=host, controller_port=next(ports)), extra]
-        for name in self.nodes:
-            lines += [f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={next(ports)} CPUs={cpus} {gres}"]
+        node = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=16000 {gres}"
+        lines += [f"NodeName={name} Port={next(ports)} {node}" for name in self.nodes]
         lines += ["PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:1"]
         (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
 

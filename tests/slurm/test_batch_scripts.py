@@ -23,7 +23,7 @@ FAKES = {
 case $1 in
   show)
     [ "$2" != hostnames ] || tr , '\\n' <<< "$3"
-    [ "$2" != job ] || echo "JobId=7 ExcNodeList=$(cat "$FAKE/excluded") X=1" ;;
+    [ "$2" != job ] || echo "JobId=7 EndTime=$(date -d "+3 sec" +%FT%T) ExcNodeList=$(cat "$FAKE/excluded") X=1" ;;
   *) echo "scontrol $*" >> "$FAKE/calls" ;;
 esac
 """,
@@ -114,7 +114,9 @@ def run(tmp_path) -> Run:
 REQUEUED = ["scontrol requeue 7"]
 
 
-@pytest.mark.parametrize("script", sorted(SCRIPTS.iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", [*sorted(SCRIPTS.iterdir()), SCRIPTS.parent / "smoke.sh"], ids=lambda path: path.name
+)
 def test_a_script_is_sound(script):
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     if not shutil.which("shellcheck"):
@@ -300,6 +302,19 @@ def test_the_signal_before_the_time_limit_reaches_srun_and_the_job_is_requeued(r
     # The next start knows where it begins, and ends.
     code, output, calls = run.run(1, saving(40))
     assert (code, calls) == (0, []) and "from checkpoint step-00000030" in output
+
+
+def test_ranks_that_do_not_heed_the_signal_do_not_take_the_job_into_its_limit(run):
+    process = run.start(0, "trap '' USR1; touch $FAKE/started; sleep 20")
+    wait_for(run.fake / "started")
+    begun = time.monotonic()
+    process.send_signal(signal.SIGUSR1)
+    # The sleep outlives its shell, which was killed, and holds the pipe.
+    process.wait(timeout=10)
+    assert time.monotonic() - begun < 3
+    assert run.calls() == REQUEUED
+    os.killpg(process.pid, signal.SIGKILL)
+    assert "exit code 137" in process.communicate(timeout=10)[0]
 
 
 def test_a_training_that_ends_just_after_the_signal_is_done(run):

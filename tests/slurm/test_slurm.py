@@ -1,5 +1,6 @@
 """The batch scripts under a real SLURM: three nodes on this host, jobs of two, and what befalls them on a cluster."""
 
+import json
 import os
 import re
 import shutil
@@ -76,7 +77,7 @@ def make_tree(folder: Path, before_main: str) -> Path:
     """A source tree for a CPU cluster; ``before_main`` runs in ``pretrain.py`` before it begins."""
     shutil.copytree(ROOT / "megamtp", folder / "megamtp", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "launch_scripts", folder / "launch_scripts")
-    (folder / "tools").mkdir()
+    shutil.copytree(ROOT / "tools", folder / "tools", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "launch_scripts/slurm/site.sh").write_text(f"export RUN_TREE={folder}\n" + SITE)
     source = (ROOT / "pretrain.py").read_text()
     assert source.count("\nif __name__") == 1
@@ -84,12 +85,13 @@ def make_tree(folder: Path, before_main: str) -> Path:
     return folder
 
 
-def submit(cluster: Cluster, tree: Path, run_dir: Path, config: dict, *options: str) -> str:
-    """The number of a job of two ranks on two nodes."""
+def submit(
+    cluster: Cluster, tree: Path, run_dir: Path, config: dict, *options: str, script: str = "pretrain_13b.sbatch"
+) -> str:
+    """The number of a job, of two ranks on two nodes unless ``options`` say otherwise."""
     (tree / "config.yaml").write_text(yaml.safe_dump(config))
-    script = str(tree / "launch_scripts/slurm/submit.sh")
-    command = [script, "--parsable", *SMALL, *options, "pretrain_13b.sbatch", str(tree / "config.yaml"), str(run_dir)]
-    return cluster.command(*command).split(";")[0]
+    command = [str(tree / "launch_scripts/slurm/submit.sh"), "--parsable", *SMALL, *options, script]
+    return cluster.command(*command, str(tree / "config.yaml"), str(run_dir)).split(";")[0]
 
 
 def logs(run_dir: Path) -> str:
@@ -181,26 +183,85 @@ def test_a_run_that_never_gets_anywhere_stops_after_three_starts(cluster, corpus
     assert ended["ExcNodeList"] == cluster.command("scontrol", "show", "hostnames", first).splitlines()[1]
 
 
+# Each start saves one more checkpoint and is told to stop.
+EIGHT_LIMITS = """
+import os
+from pathlib import Path
+start, folder = int(os.environ.get("SLURM_RESTART_COUNT", 0)), Path(os.environ["RUN_TREE"]).parent / "run/checkpoints"
+folder.mkdir(exist_ok=True)
+if os.environ["SLURM_PROCID"] == "0":
+    (folder / "latest").write_text(f"step-{start:08d}")
+raise SystemExit(138 if start < 8 else 0)
+"""
+
+
+def test_slurm_does_not_mind_how_often_a_job_requeues_itself(cluster, corpus, tmp_path):
+    tree, run_dir = make_tree(tmp_path / "tree", EIGHT_LIMITS), tmp_path / "run"
+    job = submit(cluster, tree, run_dir, config_dict(run_dir, corpus))
+    ended = cluster.wait(job, timeout=120)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "8"), logs(run_dir)
+
+
 def test_a_sick_node_is_left_before_training(cluster, corpus, tmp_path):
     tree, run_dir = make_tree(tmp_path / "tree", "raise SystemExit(0)\n"), tmp_path / "run"
     (tree / "sick-n1").touch()
     job = submit(cluster, tree, run_dir, config_dict(run_dir, corpus))
     ended = cluster.wait(job, timeout=60)
     assert (ended["JobState"], ended["Restarts"], ended["ExcNodeList"]) == ("COMPLETED", "1", "n1"), logs(run_dir)
+    # docs/running.md: when it is mended.
+    job = cluster.command(
+        "sbatch", "--parsable", "--hold", "--exclude=n1", "--wrap", "true", f"--output={tmp_path}/log"
+    )
+    cluster.command("scontrol", "update", f"JobId={job}", "ExcNodeList=")
+    assert cluster.job(job)["ExcNodeList"] == "(null)"
+    cluster.command("scancel", job)
     assert [nodes for nodes in nodes_of_starts(run_dir)] == ["n[1-2]", "n[2-3]"]
 
 
-def test_a_run_that_is_cancelled_saves_and_stays_ended(cluster, corpus, tmp_path):
+@pytest.mark.parametrize(("option", "state"), [("--signal=INT", "FAILED"), (None, "CANCELLED")])
+def test_a_run_that_someone_stops_saves_and_stays_ended(cluster, corpus, tmp_path, option, state):
     tree, run_dir = make_tree(tmp_path / "tree", PAUSE.format(seconds=0.5)), tmp_path / "run"
     changes = LAYOUT | {"training.steps": 1000}
     job = submit(cluster, tree, run_dir, config_dict(run_dir, corpus, changes))
     wait_for(run_dir / "metrics.jsonl", run_dir)
-    cluster.command("scancel", job)
+    cluster.command("scancel", *([option] if option else []), job)
     ended = cluster.wait(job, timeout=60)
-    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), logs(run_dir)
+    assert (ended["JobState"], ended["Restarts"]) == (state, "0"), logs(run_dir)
     time.sleep(3)
-    assert cluster.job(job)["JobState"] == "CANCELLED"
+    assert cluster.job(job)["JobState"] == state
     assert (run_dir / "checkpoints/latest").exists(), logs(run_dir)
+
+
+def test_from_text_to_an_export_by_jobs_that_wait_for_each_other(cluster, tmp_path):
+    tree, run_dir, data = make_tree(tmp_path / "tree", ""), tmp_path / "run", tmp_path / "data" / "corpus"
+    texts = [f"document {i}: " + "one two three " * (i % 7 + 3) for i in range(200)]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+
+    def sbatch(script: str, *arguments: str, options: tuple[str, ...] = ()) -> str:
+        command = ["sbatch", "--parsable", "--cpus-per-task=1", "--mem=1G", f"--chdir={tree}", *options]
+        return cluster.command(*command, str(tree / "launch_scripts/slurm" / script), *arguments)
+
+    prepare = sbatch(
+        *("preprocess.sbatch", "2", str(data), "--input", str(tmp_path / "text.jsonl"), "--tokenizer", "bytes"),
+        options=("--array=0-1",),
+    )
+    merge = sbatch("merge.sbatch", "2", str(data), options=(f"--dependency=afterok:{prepare}",))
+    config = config_dict(run_dir, tmp_path, {"model.vocab_size": 257, "training.steps": 4} | LAYOUT)
+    config["data"] |= {"train": str(data), "validation": str(data)}
+    options = ["--nodes=1", "--ntasks-per-node=2", f"--dependency=afterok:{merge}"]
+    train = submit(cluster, tree, run_dir, config, *options, script="pretrain_node.sbatch")
+    export = tmp_path / "export"
+    convert = sbatch("convert.sbatch", str(run_dir), str(export), options=(f"--dependency=afterok:{train}",))
+    ended = cluster.wait(convert, timeout=200)
+    told = "\n".join(path.read_text() for path in tree.glob("*.log")) + logs(run_dir)
+    assert ended["JobState"] == "COMPLETED", told
+    # Each text is a document, with a byte a token and one for its end.
+    manifest = json.loads(data.with_suffix(".json").read_text())
+    assert (manifest["documents"], manifest["tokens"]) == (200, sum(len(text) + 1 for text in texts))
+    assert not list(data.parent.glob("*-of-*"))
+    assert [line["step"] for line in step_lines(run_dir)] == [1, 2, 3, 4]
+    assert "health" not in batch_log(run_dir)
+    assert json.loads((export / "config.json").read_text())["vocab_size"] == 257
 
 
 def test_the_scripts_as_they_are_fit_a_cluster_of_32_nodes_of_8_gpus(cluster, tmp_path):
