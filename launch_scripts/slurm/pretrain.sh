@@ -27,7 +27,7 @@ say() { echo "$(date +%FT%T) start $start: $*"; }
 give_up() { say "stopped: $2"; exit "$1"; }
 newest_checkpoint() { cat "$run/checkpoints/latest" 2>/dev/null || echo none; }
 
-# Nodes of this job whose health check fails or that do not answer, one a line.
+# Nodes of this job that do not answer, do not see this run's files or Python, or whose health check fails, one a line.
 unhealthy_nodes() {
   local check=("${HEALTH_CHECK[@]}") all healthy
   [ ${#check[@]} -gt 0 ] || check=("$run/code/launch_scripts/slurm/health_check.sh")
@@ -35,7 +35,8 @@ unhealthy_nodes() {
   # shellcheck disable=SC2016  # the node expands it
   healthy=$(timeout 300 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     --mpi=none --kill-on-bad-exit=0 "${SRUN_OPTIONS[@]}" \
-    bash -c '"$@" >&2 && echo "$SLURMD_NODENAME"' check "${check[@]}" 2>>"$logs/health.log")
+    bash -c '{ [ -r "$1" ] && command -v "$2" && "${@:3}"; } >&2 && echo "$SLURMD_NODENAME"' check \
+    "$run/code/run.yaml" "${IN_CONTAINER[0]:-$PYTHON}" "${check[@]}" 2>>"$logs/health.log")
   if [ -z "$healthy" ]; then
     say "the health check fails on every node, so the check is at fault and no node is avoided; see $logs/health.log" >&2
   else
@@ -132,8 +133,10 @@ fi
 # --- what now
 
 # Checked first: srun returns the highest code of all ranks, and those that waited for the one with wrong input were killed.
-if grep -qE '^srun: error: .*: Exited with exit code 2$' "$logs/srun.log" 2>/dev/null; then
-  grep -h 'error: ' "$logs"/rank-*.log | sort | uniq -c | head -n 5
+# Not by the code alone: 2 is also what a node without its file system makes of a file that is there.
+wrong=$(grep -hE '^(rank [0-9]+: |pretrain\.py: )?error: ' "$logs"/rank-*.log 2>/dev/null | sort | uniq -c | head -n 5)
+if [ -n "$wrong" ] && grep -qE '^srun: error: .*: Exited with exit code 2$' "$logs/srun.log"; then
+  echo "$wrong"
   give_up 2 "the input is wrong (exit code 2), which no restart mends"
 fi
 case $code in

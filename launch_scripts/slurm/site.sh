@@ -34,4 +34,4 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # Threads of a rank for work on the CPU. Without it each rank starts one per core of the node.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 # Compiled kernels on the node's own disk: a home folder on NFS suffers when hundreds of ranks lock files in it.
-export TRITON_CACHE_DIR=/tmp/$USER-triton TORCHINDUCTOR_CACHE_DIR=/tmp/$USER-inductor
+export TRITON_CACHE_DIR=/tmp/$UID-triton TORCHINDUCTOR_CACHE_DIR=/tmp/$UID-inductor

@@ -207,13 +207,26 @@ def test_the_ranks_are_started_from_the_copy_with_the_overrides(run):
     assert f"--output={run.dir}/slurm/job-7-start-0/rank-%3t.log" in command
 
 
+TOLD = 'echo "rank 1: error: data.train: nowhere" > "$RUN/slurm/job-7-start-0/rank-001.log"; '
+
+
 def test_wrong_input_is_never_requeued(run):
-    code, output, calls = run.run(0, 'echo "srun: error: n2: task 1: Exited with exit code 2" >&2; exit 2')
-    assert (code, calls) == (2, []) and "the input is wrong" in output
+    code, output, calls = run.run(0, TOLD + 'echo "srun: error: n2: task 1: Exited with exit code 2" >&2; exit 2')
+    assert (code, calls) == (2, []) and "the input is wrong" in output and "data.train: nowhere" in output
     # One rank has found it; those that waited for it were killed, and srun returns the highest code.
     messages = "srun: error: n2: task 1: Exited with exit code 2\nsrun: error: n1: task 0: Killed"
-    code, _, calls = run.run(0, f'echo "{messages}" >&2; exit 137')
+    code, _, calls = run.run(0, TOLD + f'echo "{messages}" >&2; exit 137')
     assert (code, calls) == (2, [])
+
+
+def test_a_node_without_its_file_system_is_no_wrong_input(run):
+    """Python and SLURM itself end with 2 where a file is missing."""
+    missing = """
+echo "slurmstepd: error: execve(): /nowhere/python: No such file or directory" > "$RUN/slurm/job-7-start-0/rank-001.log"
+echo "srun: error: n2: task 1: Exited with exit code 2" >&2
+exit 2
+"""
+    assert run.run(0, missing)[::2] == (0, REQUEUED)
 
 
 @pytest.mark.parametrize("exit_code", [138, 1, 75, 134, 137, 139])
@@ -343,6 +356,20 @@ def test_a_sick_node_is_excluded_before_training_beside_what_the_user_excludes(r
     code, output, calls = run.run(0, "touch $FAKE/started")
     assert (code, calls) == (0, [*REQUEUED, "scontrol update JobId=7 ExcNodeList=n8,n[10-12],n2"])
     assert not (run.fake / "started").exists()
+
+
+def test_a_node_that_does_not_see_python_is_excluded(run):
+    python = run.folder / "python"
+    python.symlink_to("/usr/bin/env")
+    run.site(f"PYTHON={python} SRUN_OPTIONS=() IN_CONTAINER=() HEALTH_CHECK=(true)")
+    run.submit("pretrain_13b.sbatch", "config.yaml", str(run.dir))
+    # A function of the site may stand for what differs between nodes.
+    run.site(f"""
+PYTHON={python} SRUN_OPTIONS=() IN_CONTAINER=() HEALTH_CHECK=(true)
+command() {{ [ "$SLURMD_NODENAME" != n2 ]; }}
+export -f command
+""")
+    assert run.run(0, "touch $FAKE/started")[2] == [*REQUEUED, "scontrol update JobId=7 ExcNodeList=n2"]
 
 
 def test_a_check_that_fails_everywhere_accuses_no_node(run):
