@@ -110,14 +110,15 @@ unhealthy=$(unhealthy_nodes)
 # who failed reach and concern the ranks themselves; torchrun's restarts would be in the way of those by SLURM.
 # megamtp/parallel/environment.py reads rank, local rank and meeting point from srun's variables.
 #   --cpus-per-task   srun does not take it over from sbatch since SLURM 22.05
+#   --export=ALL      what site.sh exports, also where sites submit with --export=NONE
 #   --mpi=none        the ranks meet by themselves
 #   --wait            when one rank has ended, the others have a minute to say why before they are killed; without
 #                     --kill-on-bad-exit=0 the first would have the others' tracebacks and exit codes cut off
 # PYTHONUNBUFFERED: what a rank said before it was killed is in its log.
 # No --gpus-per-task: a rank must see its neighbours' GPUs, or NCCL goes through host memory.
 if [ -z "$stopped" ]; then
-  PYTHONUNBUFFERED=1 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --mpi=none --wait=60 --kill-on-bad-exit=0 \
-    --output="$logs/rank-%3t.log" "${SRUN_OPTIONS[@]}" "${IN_CONTAINER[@]}" \
+  PYTHONUNBUFFERED=1 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --mpi=none --export=ALL --wait=60 \
+    --kill-on-bad-exit=0 --output="$logs/rank-%3t.log" "${SRUN_OPTIONS[@]}" "${IN_CONTAINER[@]}" \
     "$PYTHON" "$run/code/pretrain.py" "$run/code/run.yaml" --run_dir "$run" "$@" 2>"$logs/srun.log" &
   training=$!
   wait $training

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "setpriv")
 # Debian's daemons are where a user's PATH does not look.
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
 
@@ -122,17 +122,23 @@ class Cluster:
         words = self.command("scontrol", "show", "job", "-o", job_id).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job_id: str, timeout: float, hurry: bool = True) -> dict[str, str]:
-        """The job when it has ended. With ``hurry`` a requeued one need not wait its two minutes."""
+    def wait(self, job_id: str, timeout: float) -> dict[str, str]:
+        """The job when it has ended. One that was requeued need not wait its two minutes."""
         deadline = time.monotonic() + timeout
+        pending_since = None
         while True:
             job = self.job(job_id)
             if job["JobState"] in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY"):
                 return job
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {job_id}: {job}\n{(self.folder / 'slurmctld.log').read_text()[-3000:]}")
-            if hurry and job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
-                self.command("scontrol", "update", f"JobId={job_id}", "StartTime=now", check=False)
+            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
+                pending_since = pending_since or time.monotonic()
+                # In the second in which it ended, a node would take the new start for the old one.
+                if time.monotonic() - pending_since > 2:
+                    self.command("scontrol", "update", f"JobId={job_id}", "StartTime=now", check=False)
+            else:
+                pending_since = None
             time.sleep(0.5)
 
     def _start_munge(self) -> None:
@@ -146,6 +152,8 @@ class Cluster:
         self._until(lambda: (folder / "socket").exists(), "munged")
 
     def _start(self, name: str, command: list[str]) -> None:
+        # Not even a killed test leaves daemons behind.
+        command = ["setpriv", "--pdeathsig", "KILL", *command]
         with open(self.folder / f"{name}.out", "ab") as log:
             self._daemons[name] = subprocess.Popen(
                 command, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True

@@ -133,12 +133,13 @@ def test_a_run_hit_by_its_time_limit_goes_on_by_itself_and_loses_nothing(cluster
     assert [exact(line) for line in step_lines(run_dir)] == expected
 
 
-def test_a_node_that_dies_does_not_end_the_run(cluster, corpus, tmp_path):
+@pytest.mark.parametrize("which", [0, 1], ids=["with the batch script", "without it"])
+def test_a_node_that_dies_does_not_end_the_run(cluster, corpus, tmp_path, which):
     changes = LAYOUT | {"training.steps": 60, "training.checkpoint_every": 10}
     tree, run_dir = make_tree(tmp_path / "tree", PAUSE.format(seconds=0.5)), tmp_path / "run"
     job = submit(cluster, tree, run_dir, config_dict(run_dir, corpus, changes))
     wait_for(run_dir / "checkpoints/latest", run_dir)
-    dead = cluster.command("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).splitlines()[1]
+    dead = cluster.command("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).splitlines()[which]
     cluster.kill(dead)
     expected = reference(corpus, tmp_path / "reference", changes)
     try:
@@ -149,8 +150,8 @@ def test_a_node_that_dies_does_not_end_the_run(cluster, corpus, tmp_path):
     starts = [
         cluster.command("scontrol", "show", "hostnames", nodes).splitlines() for nodes in nodes_of_starts(run_dir)
     ]
-    assert len(starts) == 2, logs(run_dir)
-    assert dead in starts[0] and dead not in starts[1]
+    assert dead in starts[0] and dead not in starts[1], logs(run_dir)
+    assert "from checkpoint step-" in batch_log(run_dir)
     assert [exact(line) for line in step_lines(run_dir)] == expected
 
 
