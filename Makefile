@@ -13,6 +13,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not slow"
 
+# On a machine where SLURM (Debian: slurm-wlm, munge) cannot run: `make test-full MEGAMTP_REQUIRE_SLURM=`.
+test-full: export MEGAMTP_REQUIRE_SLURM ?= 1
 test-full: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 

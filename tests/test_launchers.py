@@ -279,6 +279,16 @@ def test_what_the_user_says_is_left(variables, values):
     assert meeting_point() == ("head", 1234)
 
 
+def test_srun_ranks_heed_an_address_or_a_port_alone(variables):
+    variables(**STEP, MASTER_ADDR="head")
+    address, port = meeting_point()
+    assert address == "head" and 10_000 <= port < 30_000
+    os.environ.pop("RANK")
+    os.environ.pop("MASTER_ADDR")
+    variables(MASTER_PORT=1234)
+    assert meeting_point() == ("a3", 1234)
+
+
 def test_torchrun_without_an_address_is_refused(variables):
     variables(**TORCHRUN, MASTER_ADDR="head")
     with pytest.raises(UserError, match="MASTER_ADDR or MASTER_PORT is not; set both"):
@@ -307,8 +317,8 @@ def test_srun_ranks_agree_on_a_port_and_steps_differ_in_it(variables):
     ports = []
     for changes in ({}, {"SLURM_PROCID": 3}, {"SLURM_STEP_ID": 1}, {"SLURM_JOB_ID": 72}):
         variables(**STEP | changes)
-        os.environ.pop("RANK", None)  # of the last round
-        os.environ.pop("MASTER_ADDR", None)
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):  # of the last round
+            os.environ.pop(name, None)
         ports.append(meeting_point()[1])
     assert ports[0] == ports[1]
     assert len(set(ports)) == 3

@@ -70,7 +70,9 @@ def set_rendezvous(environment: LaunchEnvironment) -> None:
         if environment.launcher == _TORCHRUN.name:
             raise UserError(f"environment: RANK is set but MASTER_ADDR or MASTER_PORT is not; set both or {_HOW}")
         if environment.launcher == _SLURM.name:
-            address, port = _first_host(), _derived_port("SLURM_JOB_ID", "SLURM_STEP_ID")
+            # Either alone is heeded: a host by another name, or a port that the site leaves open.
+            address = os.environ.get("MASTER_ADDR") or _first_host()
+            port = os.environ.get("MASTER_PORT") or _derived_port("SLURM_JOB_ID", "SLURM_STEP_ID")
         else:
             address, port = _meeting_point_by_mpi(environment)
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)

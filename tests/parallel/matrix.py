@@ -170,7 +170,7 @@ def _train(case: Case, grid: ProcessGrid) -> Training:
         result.counts.append(counts.tolist())
         [(norm, skipped)] = {(str(norm), skipped) for norm, skipped in _of_all_ranks(step_result[-2:])}
         result.grad_norms.append(float(norm))
-        result.skipped.append(skipped)
+        result.skipped.append(bool(skipped))
         if case.poison or step + 1 == len(RATES):
             weights, differing = whole_weights(engine)
             result.weights.append(weights)
