@@ -1,4 +1,7 @@
-"""What one device can do: a table of GPUs, and a user's own by a YAML file or by figures."""
+"""What one device can do: a table of GPUs, and a user's own by a YAML file or by figures.
+
+Without torch: a wrong name or figure is told at once.
+"""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -6,7 +9,30 @@ from typing import Any
 
 import yaml
 
+from megamtp.config import config_dataclass, option
 from megamtp.errors import UserError
+
+
+@config_dataclass
+class Assumptions:
+    """What no data sheet says; a measured run tells better figures. Raises ``UserError`` for impossible ones."""
+
+    matmul_share: float = option(0.65, "of the peak that matrix products reach")
+    attention_share: float = option(0.40, "of the peak that fused attention reaches")
+    memory_share: float = option(0.80, "of the memory's bandwidth that is reached")
+    network_share: float = option(0.75, "of the links' bandwidth that is reached")
+    overlap: float = option(0.70, "of the messages that may travel behind computing, the share that does")
+    host_gbs: float = option(20.0, "10^9 bytes/s at which a rank's offloaded optimizer states are updated")
+    libraries_gb: float = option(2.0, "device memory of the driver's context, NCCL and cuBLAS")
+    slack: float = option(0.05, "of activations and buffers: memory that the allocator cannot use")
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            may_be_zero = name in ("overlap", "libraries_gb", "slack")
+            limit = 1 if "share" in name or name == "overlap" else float("inf")
+            if not (0 < value <= limit or value == 0 and may_be_zero):
+                span = f"{'from 0' if may_be_zero else 'above 0'}{', at most 1' if limit == 1 else ''}"
+                raise UserError(f"--{name.replace('_', '-')} must be {span}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -53,9 +79,7 @@ DEVICES = {
     "h100-80gb": Device(80, 989, 67, 3350, 450, 50, 8, "NVIDIA H100 SXM, DGX H100 (8 x NDR 400 Gb/s)"),
     "h200": Device(141, 989, 67, 4800, 450, 50, 8, "NVIDIA H200 SXM, DGX H200 (8 x NDR 400 Gb/s)"),
     "b200": Device(180, 2250, 75, 8000, 900, 50, 8, "NVIDIA DGX B200 (8 x NDR 400 Gb/s)"),
-    "l40s": Device(
-        48, 362, 91.6, 864, 32, 12.5, 8, "NVIDIA L40S (PCIe 4.0 x16); network: 100 Gb/s each, an assumption"
-    ),
+    "l40s": Device(48, 362, 91.6, 864, 32, 12.5, 8, "NVIDIA L40S (PCIe 4.0 x16); 100 Gb/s each assumed"),
     # There is no data sheet for "a CPU": memory_gb, fp32_tflops (or bf16_tflops) and bandwidth_gbs must be given.
     "cpu": Device(0, 0, 0, 0, source="given by options"),
 }

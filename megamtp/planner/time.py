@@ -23,24 +23,11 @@ from megamtp.model.cost import (
     unembedding_forward_flops,
 )
 from megamtp.parallel.cut import stages_of_ranks
-from megamtp.planner.devices import Device
+from megamtp.planner.devices import Assumptions, Device
 from megamtp.planner.pipeline import Event, Message, Pass, Pipeline, simulate
 from megamtp.planner.stages import Stage
 from megamtp.planner.traffic import Traffic, pipeline_bytes
 from megamtp.training.run_config import RunConfig
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What no data sheet says. Shares are of the device's figures; a measured run tells better ones."""
-
-    matmul: float = 0.65  # of the peak, in matrix products
-    attention: float = 0.40  # of the peak, in fused attention
-    memory: float = 0.80  # of the memory's bandwidth
-    network: float = 0.75  # of the links' bandwidth
-    host_gbs: float = 20.0  # 10^9 bytes/s at which a rank's offloaded optimizer states are updated
-    libraries_gb: float = 2.0  # of device memory: the driver's context, NCCL's buffers, cuBLAS's workspace
-    slack: float = 0.05  # of activations, temporaries and buffers: what the allocator cannot use
 
 
 @dataclass(frozen=True)
@@ -128,24 +115,28 @@ class StepModel:
         self.width = 4 if config.training.precision == "fp32" else 2
         self.mode = config.heads.mode_under(self.parallel.zero_stage)
         self.stages = [self._stage_time(stage) for stage in stages]
-        self.parameters = self._rank_parameters(stages)
+        # Of one process of each pipeline rank: parameters, and seconds that it is busy with its passes.
+        layers, held = layer_parameters(self.model, self.parallel.tensor), self._held()
+        self.parameters = [sum(sum(layers[stages[i].begin : stages[i].end]) for i in numbers) for numbers in held]
+        self.passes = [self._rank_seconds(numbers) for numbers in held]
+        self.busy = [seconds.total for seconds in self.passes]
 
     # --- one step
 
     def lower_bound(self) -> float:
-        """Seconds that the step takes at least: the busiest rank without the pipeline's messages and idle time."""
-        return max(busy + self._between_replicas(rank) for rank, busy in enumerate(self._busy())) + self._update()
+        """Seconds that the step takes at least: without the pipeline's messages and idle time."""
+        return max(busy + self._between_replicas(rank) for rank, busy in enumerate(self.busy)) + self._update()
 
     def step(self) -> StepTime:
         ranks, events = self.parallel.pipeline, []
-        ends = self._busy()
+        ends = self.busy
         if ranks > 1:
             events = self.simulate()
             ends = [max(event.end for event in events if event.rank == rank) for rank in range(ranks)]
         length = max(end + self._between_replicas(rank) for rank, end in enumerate(ends)) + self._update()
         own = Seconds()
         for rank in range(ranks):
-            own += self._rank_seconds(rank) + Seconds(data=self._between_replicas(rank), optimizer=self._update(rank))
+            own += self.passes[rank] + Seconds(data=self._between_replicas(rank), optimizer=self._update(rank))
         own = own * (1 / ranks)
         return StepTime(own + Seconds(waiting=max(0.0, length - own.total)), self.stages, events)
 
@@ -154,7 +145,7 @@ class StepModel:
         parallel, sizes = self.parallel, self._message_bytes()
         pipeline = Pipeline(parallel.pipeline, self.micro_batches, parallel.schedule)
         stride = self.world_size // parallel.pipeline
-        speed = self.device.pair(stride, parallel.pipeline, self.world_size) * self.assumed.network
+        speed = self.device.pair(stride, parallel.pipeline, self.world_size) * self.assumed.network_share
         times = {
             (kind, number): getattr(stage, kind).total
             for number, stage in enumerate(self.stages)
@@ -173,12 +164,9 @@ class StepModel:
         """Stages of each pipeline rank."""
         return stages_of_ranks(self.parallel.pipeline, self.parallel.schedule == "dualpipev")
 
-    def _rank_seconds(self, rank: int) -> Seconds:
-        held = [self.stages[number] for number in self._held()[rank]]
+    def _rank_seconds(self, numbers: tuple[int, ...]) -> Seconds:
+        held = [self.stages[number] for number in numbers]
         return sum((stage.forward + stage.backward for stage in held), Seconds()) * self.micro_batches
-
-    def _busy(self) -> list[float]:
-        return [self._rank_seconds(rank).total for rank in range(self.parallel.pipeline)]
 
     def _message_bytes(self) -> dict[str, float]:
         """Of a hidden state with what travels beside it, and of its gradient, as ``pipeline_bytes`` counts."""
@@ -202,9 +190,10 @@ class StepModel:
         """
         if self.dp_size == 1:
             return 0.0
-        speed = self.device.ring(self.parallel.tensor, self.dp_size, self.world_size) * self.assumed.network
+        speed = self.device.ring(self.parallel.tensor, self.dp_size, self.world_size) * self.assumed.network_share
         sending = self.traffic[rank].data / speed
-        return max(0.0, sending - self._busy()[rank]) if self.parallel.zero_stage == 3 else sending
+        behind = self.assumed.overlap * sending if self.parallel.zero_stage == 3 else 0.0
+        return sending - min(behind, self.busy[rank])
 
     def _update(self, rank: int | None = None) -> float:
         """Seconds of the optimizer on a rank; of the slowest by default.
@@ -216,7 +205,7 @@ class StepModel:
             return max(map(self._update, range(self.parallel.pipeline)))
         zero_stage, offloads = self.parallel.zero_stage, self.parallel.offload_optimizer
         own = self.parameters[rank] / (self.dp_size if zero_stage else 1)
-        speed = 1e9 * (self.assumed.host_gbs if offloads else self.device.bandwidth_gbs * self.assumed.memory)
+        speed = 1e9 * (self.assumed.host_gbs if offloads else self.device.bandwidth_gbs * self.assumed.memory_share)
         return own * (24 + 16 + self.width) / speed
 
     # --- one pass
@@ -238,13 +227,13 @@ class StepModel:
         peak = device.flops(self.config.training.precision)
         tensor = 0.0
         if self.parallel.tensor > 1:
-            speed = device.ring(1, self.parallel.tensor, self.world_size) * assumed.network
-            hidden = min(work.behind / speed, work.hiding / (peak * assumed.matmul))
+            speed = device.ring(1, self.parallel.tensor, self.world_size) * assumed.network_share
+            hidden = min(assumed.overlap * work.behind / speed, work.hiding / (peak * assumed.matmul_share))
             tensor = (work.tensor + work.behind) / speed - hidden
         return Seconds(
-            matmul=work.matmul / (peak * assumed.matmul),
-            attention=work.attention / (peak * assumed.attention),
-            memory=work.memory / (1e9 * device.bandwidth_gbs * assumed.memory),
+            matmul=work.matmul / (peak * assumed.matmul_share),
+            attention=work.attention / (peak * assumed.attention_share),
+            memory=work.memory / (1e9 * device.bandwidth_gbs * assumed.memory_share),
             tensor=tensor,
         )
 
@@ -340,8 +329,3 @@ class StepModel:
             + 6 * model.dim * w * self.tokens,
             tensor=self._ring_bytes(2) + (24 * self.tokens * (t - 1) / t),
         )
-
-    def _rank_parameters(self, stages: list[Stage]) -> list[int]:
-        """Of one process of each pipeline rank."""
-        layers = layer_parameters(self.model, self.parallel.tensor)
-        return [sum(sum(layers[stages[i].begin : stages[i].end]) for i in held) for held in self._held()]

@@ -93,7 +93,7 @@ def test_activations_of_a_step(mode, recompute, n):
         expected -= 4 * B * S * 2 * n * config.dim
         expected -= 4 * B * S * block_activation_values(config) if recompute == "full" else 0
     # With full recomputation so little is kept that angles and statistics count, and that heads share their input.
-    assert (0.75 if recompute == "full" else 0.85) <= saved.peak / expected <= (1.1 if recompute == "full" else 1)
+    assert (0.75 if recompute == "full" else 0.85) <= saved.peak / expected <= (1.1 if recompute == "full" else 1.02)
 
 
 def test_more_heads_cost_sequential_nothing():
@@ -160,9 +160,7 @@ def test_last_stage_by_hand():
         "weights": 2 * (288 + 648),
         "gradients": 4 * (288 + 648),
         "optimizer": 12 * (288 + 648) // 4,
-        "activations": (64 + 64 + 2 * 4 + 3 * 4)
-        * 8
-        * 2,  # the block, one head, the final norm, its output, two gradients
+        "activations": (64 + 64 + 2 * 4 + 3 * 4) * 8 * 2,  # a block, a head, the norm, two gradients
         "temporaries": ((2 * 6 + 4) * 8 + 8 * 6) * 2,
         "loss_buffers": 4 * 8 * (2 + 4),  # 4 tokens' logits over 8 rows
         "communication": (1 + 1) * 4 * 8 * 2,
