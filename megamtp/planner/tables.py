@@ -24,10 +24,10 @@ def describe_estimate(estimate: Estimate) -> str:
     config, memory, step = estimate.config, estimate.memory, estimate.step
     parallel, training = config.parallel, config.training
     schedule = f", {parallel.schedule}" if parallel.pipeline > 1 else ""
-    count = parameters(config.model).total / 1e9
+    count, mode = parameters(config.model).total / 1e9, config.heads.mode_under(parallel.zero_stage)
     lines = [
-        f"model: {count:,.3g} B parameters, {config.model.n_future_tokens} heads "
-        f"({config.heads.mode_under(parallel.zero_stage)}), {training.precision}, {config.data.seq_len} tokens a sample",
+        f"model: {count:,.3g} B parameters, {config.model.n_future_tokens} heads ({mode}), {training.precision}, "
+        f"{config.data.seq_len} tokens a sample",
         f"layout: TP {parallel.tensor} x PP {parallel.pipeline} x DP {parallel.data_parallel(estimate.world_size)}"
         f"{schedule}, ZeRO-{parallel.zero_stage}; {config.micro_batches(estimate.world_size)} micro-batches of "
         f"{training.micro_batch_size}; recompute {config.ops.recompute}",
@@ -112,8 +112,8 @@ def _why_none(ranking: Ranking) -> str:
         )
     return (
         f"none of {ranking.considered} layouts fits into {1e9 * smallest.device.memory_gb / GIB:,.1f} GiB: "
-        f"the smallest ({_overrides(smallest)}) needs {smallest.memory.total / GIB:,.1f}, most of it {_largest_memory(smallest)}; "
-        "use more devices, or larger ones"
+        f"the smallest ({_overrides(smallest)}) needs {smallest.memory.total / GIB:,.1f}, "
+        f"most of it {_largest_memory(smallest)}; use more devices, or larger ones"
     )
 
 
