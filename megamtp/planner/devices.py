@@ -109,7 +109,7 @@ def device_by_name(name: str) -> Device | None:
     Of GPUs that come with several sizes of memory it is the largest that the name does not contradict.
     """
     words = name.lower().replace("-", " ").split()
-    for known in sorted(DEVICES, reverse=True):
+    for known in sorted((name for name, device in DEVICES.items() if device.memory_gb), reverse=True):
         model, _, size = known.partition("-")
         sizes = [word for word in words if word.endswith("gb") and word[:-2].isdigit()]
         if model in words and (not size or not sizes or size in sizes):

@@ -40,7 +40,7 @@ def draw_timeline(estimate: Estimate, path: Path) -> None:
         axes = figure.add_subplot()
         least = 0.012 * end / (width / 12)  # a narrower box has no room for its number
         for event in step.events:
-            if isinstance(event.what, Pass):
+            if isinstance(event.what, Pass) and event.end > event.begin:
                 _draw_pass(axes, event, pipeline, unit, least)
         for event in step.events:
             if not isinstance(event.what, Pass):
@@ -75,6 +75,8 @@ def draw_timeline(estimate: Estimate, path: Path) -> None:
 
 
 def _draw_pass(axes, event: Event, pipeline: Pipeline, unit: float, least: float) -> None:
+    from matplotlib.patches import Rectangle
+
     what, seconds = event.what, event.end - event.begin
     heads, forward = what.stage == pipeline.stages - 1, what.kind == "forward"
     color = {
@@ -88,9 +90,8 @@ def _draw_pass(axes, event: Event, pipeline: Pipeline, unit: float, least: float
     if pipeline.stages > pipeline.ranks:
         height = ROW / 2
         top += height * (what.stage >= pipeline.ranks)
-    axes.broken_barh(
-        [(event.begin * unit, seconds * unit)], (top, height), facecolor=color, edgecolor="white", linewidth=0.6
-    )
+    corner = event.begin * unit, top
+    axes.add_patch(Rectangle(corner, seconds * unit, height, facecolor=color, edgecolor="white", linewidth=0.6))
     if seconds > least:
         axes.text(
             (event.begin + seconds / 2) * unit,
