@@ -76,13 +76,24 @@ class Estimate:
 
     def summary(self) -> str:
         """One line: memory, FLOPs and, where the device is known, seconds a step."""
-        text = f"estimate: {self.memory.total / GIB:,.1f} GiB on the fullest device"
+        text = f"estimate: {self.memory.total / GIB:,.1f} GiB on the fullest rank"
         if self.device:
             text += f" of {1e9 * self.device.memory_gb / GIB:,.1f}{'' if self.fits else ' (does not fit)'}"
         text += f"; {self.flops_per_step / 1e12:,.3g} TFLOP a step"
         if self.step:
             text += f" in {self.step.total:,.3g} s (MFU {self.mfu:.1%}); {self.days:,.3g} days for the run"
         return text
+
+    def against(self, seconds: float, allocated_bytes: float) -> str:
+        """One line: the estimate beside a measured step and the tensors' peak on the fullest rank, as the allocator
+        counts it (``torch.cuda.max_memory_allocated``).
+        """
+        tensors = self.memory.tensors.total
+        text = f"estimated / measured: {tensors / GIB:,.2f} / {allocated_bytes / GIB:,.2f} GiB of tensors"
+        text += f" ({tensors / allocated_bytes:.2f})" if allocated_bytes else ""
+        if self.step:
+            return f"{text}; {self.step.total:,.3f} / {seconds:,.3f} s a step ({self.step.total / seconds:.2f})"
+        return f"{text}; {seconds:,.3f} s a step"
 
     def as_json(self) -> dict[str, Any]:
         """Plain values: bytes, seconds, FLOPs."""

@@ -117,9 +117,11 @@ def _legend(config: RunConfig, heads_have_backward: bool) -> list:
     from matplotlib.patches import Patch
 
     inside = config.heads.mode_under(config.parallel.zero_stage) == "sequential"
-    heads = "the stage with the heads"
-    handles = [Patch(color=FORWARD, label="forward"), Patch(color=BACKWARD, label="backward")]
-    handles.append(Patch(color=HEADS_FORWARD, label=f"forward of {heads}{', their backward in it' if inside else ''}"))
-    if heads_have_backward:
-        handles.append(Patch(color=HEADS_BACKWARD, label=f"backward of {heads}"))
-    return [*handles, Line2D([], [], color=MESSAGE, linewidth=0.8, marker=">", markersize=3, label="message")]
+    also = ", with the heads' backward" if inside else ""
+    handles = [
+        Patch(color=FORWARD, label="forward"),
+        Patch(color=BACKWARD, label="backward"),
+        Line2D([], [], color=MESSAGE, linewidth=0.8, marker=">", markersize=3, label="message"),
+        Patch(color=HEADS_FORWARD, label=f"last stage: forward{also}"),
+    ]
+    return handles + [Patch(color=HEADS_BACKWARD, label="last stage: backward")] * heads_have_backward

@@ -136,7 +136,7 @@ def test_devices_by_their_drivers_names(driver, known):
     assert estimate.device == (known and DEVICES[known])
     assert isinstance(estimate, Estimate) and (estimate.step is None) == (known is None)
     line = estimate.summary()
-    assert "\n" not in line and "GiB on the fullest device" in line and "TFLOP a step" in line
+    assert "\n" not in line and "GiB on the fullest rank" in line and "TFLOP a step" in line
     assert ("MFU" in line) == (known is not None)
     if known is None:
         assert estimate.mfu is estimate.days is estimate.fits is estimate.tokens_per_day is None
@@ -146,6 +146,14 @@ def test_summary_says_that_it_does_not_fit():
     estimate = estimate_on(run_config(), 12, dataclasses.replace(SMALL_GPU, memory_gb=0.1))
     assert "(does not fit)" in estimate.summary()
     assert "DOES NOT FIT" in describe_estimate(estimate)
+
+
+def test_estimate_beside_what_was_measured():
+    estimate = estimate_on(run_config(), 12, SMALL_GPU)
+    tensors = estimate.memory.tensors.total
+    line = estimate.against(2 * estimate.step.total, tensors / 2)
+    assert "of tensors (2.00)" in line and line.endswith("s a step (0.50)")
+    assert estimate_on(run_config(), 12, None).against(3.0, tensors).endswith("of tensors (1.00); 3.000 s a step")
 
 
 def test_table_of_the_ranking():
