@@ -101,7 +101,7 @@ def estimate_memory(
             # joint: and the heads' hidden states side by side, and their gradients.
             hidden = 2 * config.dim if mode == "joint" else 0
             values += config.n_future_tokens * (kept + final_norm + hidden)
-        loss_buffers = _logit_bytes(config, heads, mode, tokens, width, tensor)
+        loss_buffers = _loss_bytes(config, heads, mode, tokens, width, tensor)
         table = table_parameters(config, tensor)
         # Sequential heads add to the accumulated gradients themselves where these are whole tensors on the device.
         if not (mode == "sequential" and zero_stage <= 1 and not offload_optimizer):
@@ -168,9 +168,13 @@ def _trunk_blocks(config: ModelConfig, part: HeldLayers) -> int:
     return max(0, min(part.end, config.n_trunk_layers + 1) - max(part.begin, 1))
 
 
-def _logit_bytes(config: ModelConfig, heads: HeadsConfig, mode: str, tokens: int, width: int, tensor: int) -> int:
-    """fp32 logits (and their copy in the GEMM's dtype); naive keeps logits, log-softmax and their gradient."""
+def _loss_bytes(config: ModelConfig, heads: HeadsConfig, mode: str, tokens: int, width: int, tensor: int) -> int:
+    """A chunk's fp32 logits; in bf16 their copy in the GEMM's dtype, too, and its part of the unembedding's gradient.
+
+    naive keeps logits, log-softmax and their gradient.
+    """
     rows = min(config.vocab_size, share(config.padded_vocab_size, tensor))
     if mode == "naive":
         return tokens * config.n_future_tokens * rows * 12
-    return min(tokens, heads.chunk_tokens) * rows * (4 + (2 if width == 2 else 0))
+    chunk = min(tokens, heads.chunk_tokens)
+    return 4 * chunk * rows + (2 * (chunk + config.dim) * rows if width == 2 else 0)
