@@ -46,7 +46,9 @@ setup(
             "mpi4py>=4",
             "openmpi>=5",
             "psutil>=5.9",
-            'triton>=3.4; platform_system == "Linux"',  # whose interpreter runs the GPU's kernels on a CPU
+            # Whose interpreter runs the GPU's kernels on a CPU, and a library of such kernels.
+            'triton>=3.4; platform_system == "Linux"',
+            'liger-kernel>=0.8; platform_system == "Linux"',
         ],
     },
 )

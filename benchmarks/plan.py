@@ -1,6 +1,6 @@
 """The planner's seconds against measured ones: training steps of one rank and one thread, on this machine's CPU.
 
-    python benchmarks/plan.py     # about 4 minutes
+    python benchmarks/plan.py     # about 2 minutes on a quiet core
 
 The planner is given the CPU as a device whose figures are measured in the same run, between the steps: FLOP/s of
 products of the model's shapes, FLOP/s of fused causal attention, bytes/s of adding two tensors that no cache holds.
@@ -112,10 +112,8 @@ def worker(pipe, size: Size, case: Case, variables: dict[str, str]) -> None:
 def estimated(case: Case, figures: tuple[float, float, float]) -> dict[str, float]:
     """Seconds by part."""
     products, attention, bandwidth = figures
-    device = Device(1000, products, products, bandwidth)
-    # Attention's share is of the products' peak, and may be more than all of it.
-    shares = Assumptions(matmul_share=1, attention_share=1, memory_share=1, network_share=1)
-    object.__setattr__(shares, "attention_share", attention / products)
+    device = Device(1000, products, products, bandwidth, is_gpu=False)
+    shares = Assumptions(matmul_share=1, attention_share=attention / products, memory_share=1, network_share=1)
     return vars(estimate_on(config_of(case), 1, device, shares).step.seconds)
 
 

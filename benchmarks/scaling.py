@@ -33,7 +33,8 @@ import torch
 from wire import Wire, tcp_bytes_sent
 
 from megamtp.model.heads import HeadsConfig
-from megamtp.model.transformer import ModelConfig, OpsConfig
+from megamtp.model.transformer import ModelConfig
+from megamtp.ops.choice import OpsConfig
 from megamtp.parallel.groups import ParallelConfig
 
 

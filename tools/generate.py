@@ -172,7 +172,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument(
-        "--backend", choices=BACKENDS, default="auto", help="native = compiled blocks, on a CPU in fp32 (default: auto)"
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="native: compiled, on a CPU in fp32; graphs: CUDA graphs",
     )
     parser.add_argument("--compare", action="store_true", help="decode without drafts too, and tell both speeds")
     return parser

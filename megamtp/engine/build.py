@@ -7,7 +7,8 @@ from megamtp.engine.optimizer import OptimizerConfig
 from megamtp.model.cut import choose_cut
 from megamtp.model.heads import HeadsConfig
 from megamtp.model.model import build_model
-from megamtp.model.transformer import ModelConfig, OpsConfig
+from megamtp.model.transformer import ModelConfig
+from megamtp.ops.choice import OpsConfig, backend
 from megamtp.parallel.groups import ParallelConfig, ProcessGrid
 
 
@@ -30,6 +31,7 @@ def build_engine(
         grid=grid,
         parallel=parallel,
         optimizer=optimizer,
+        adamw=backend(ops, "adamw"),
         precision=precision,
         micro_batch_size=micro_batch_size,
         micro_batches=micro_batches,

@@ -18,6 +18,7 @@ from megamtp.engine.optimizer import OptimizerConfig, build_optimizer
 from megamtp.model.heads import GradientSink, HeadLosses, MultiTokenHeads
 from megamtp.model.model import MultiTokenModel, NamedLayer
 from megamtp.model.transformer import Block
+from megamtp.ops.choice import AdamWName
 from megamtp.parallel.groups import ParallelConfig, ProcessGrid
 
 Precision = Literal["fp32", "bf16"]
@@ -46,6 +47,7 @@ class Engine:
         grid: ProcessGrid,
         parallel: ParallelConfig,
         optimizer: OptimizerConfig,
+        adamw: AdamWName = "torch",
         precision: Precision,
         micro_batch_size: int,
         micro_batches: int,
@@ -60,7 +62,7 @@ class Engine:
         with redirect_stdout(io.StringIO()):  # lines about memory
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
-                optimizer=build_optimizer(self.layers, optimizer),
+                optimizer=build_optimizer(self.layers, optimizer, adamw),
                 config=deepspeed_config(parallel, precision, micro_batch_size, micro_batches),
                 mpu=self._model_parallel_unit(),
             )

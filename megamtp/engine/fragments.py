@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megamtp.engine.engine import Engine
+from megamtp.engine.optimizer import adamw_states, adamw_steps, set_adamw_steps
 from megamtp.model.model import sharded_parameters
 from megamtp.parallel.tensor import Shard
 
@@ -79,13 +80,14 @@ def _place(engine: Engine, parameter: torch.nn.Parameter, shard: Shard) -> tuple
 
 def optimizer_steps(engine: Engine) -> int:
     """Updates made so far: AdamW's own count, which its bias correction uses."""
-    return int(max(state["step"].item() for state in _optimizer_states(engine).values()))
+    _optimizer_states(engine)
+    return adamw_steps(engine.deepspeed.basic_optimizer)
 
 
 def fragments_changed(engine: Engine, steps: int) -> None:
     """Call after writing into fragments: sets AdamW's count and refreshes the weights that the model computes with."""
-    for state in _optimizer_states(engine).values():
-        state["step"].fill_(steps)
+    _optimizer_states(engine)
+    set_adamw_steps(engine.deepspeed.basic_optimizer, steps)
     optimizer = engine.deepspeed.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         for group in range(len(optimizer.fp16_groups)):
@@ -99,15 +101,8 @@ def fragments_changed(engine: Engine, steps: int) -> None:
 def _optimizer_states(engine: Engine) -> dict[Tensor, dict[str, Tensor]]:
     """AdamW's state of each tensor that it updates: parameters, or ZeRO's flat partitions."""
     adamw = engine.deepspeed.basic_optimizer
-    for tensor in _flat_partitions(engine) or [p for group in adamw.param_groups for p in group["params"]]:
-        if not adamw.state[tensor]:
-            # What AdamW creates at its first step.
-            adamw.state[tensor] = {
-                "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-                "exp_avg": torch.zeros_like(tensor),
-                "exp_avg_sq": torch.zeros_like(tensor),
-            }
-    return adamw.state
+    tensors = _flat_partitions(engine) or [p for group in adamw.param_groups for p in group["params"]]
+    return adamw_states(adamw, tensors)
 
 
 def _flat_partitions(engine: Engine) -> list[Tensor]:

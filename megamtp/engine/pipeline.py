@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from megamtp.engine.engine import Engine, ModelInputs
 from megamtp.model.heads import HeadLosses, HeadsConfig, MultiTokenHeads
 from megamtp.model.model import NamedLayer, build_layers, materialize_
-from megamtp.model.transformer import BlockInputs, ModelConfig, OpsConfig, block_inputs
+from megamtp.model.transformer import BlockInputs, ModelConfig, block_inputs
+from megamtp.ops.choice import OpsConfig
 from megamtp.ops.cross_entropy import IGNORE_INDEX
 from megamtp.parallel.groups import ProcessGrid
 from megamtp.parallel.layers import VocabParallelEmbedding
@@ -75,7 +76,7 @@ class PipelineStages(PipelineModule):
         x, packed = inputs if isinstance(inputs, tuple) else (inputs, None)
         seq_len = x.shape[1] * (tp.size if tp.sequence_parallel and x.is_floating_point() else 1)
         documents = () if packed is None else tuple(packed)
-        shared = block_inputs(self.config, self._ops.attention, seq_len, x.device, *documents)
+        shared = block_inputs(self.config, self._ops, seq_len, x.device, *documents)
         for layer in self.forward_funcs:
             if isinstance(layer, MultiTokenHeads):
                 return x, shared

@@ -59,6 +59,8 @@ class Decoder:
     to compute in. Layers of a cache are counted trunk first, then the heads.
     """
 
+    always_masks = False  # even where all slots that are read count
+
     def __init__(self, config: ModelConfig, tensor: Callable[[str], Tensor], context: int):
         self.config, self.context = config, context
         self.embedding = tensor("tok_embeddings.weight")[: config.vocab_size]
@@ -93,14 +95,14 @@ class Decoder:
         """
         at = torch.tensor(lengths, device=self.device)[:, None]  # (b, 1)
         slots = at + torch.arange(n_new, device=self.device)
-        n_slots = max(lengths) + n_new
+        n_slots = self._slots_to_read(max(lengths) + n_new)
         seen = torch.arange(n_slots, device=self.device)
         mask = None
         if tree is not None:
             sees = (seen < at).unsqueeze(1).repeat(1, n_new, 1)  # (b, t, n_slots)
             sees.scatter_(2, slots.unsqueeze(1).expand(-1, n_new, -1), tree.ancestors.expand(len(lengths), -1, -1))
             mask = self._added(sees)
-        elif n_new > 1 or len(set(lengths)) > 1:
+        elif self.always_masks or n_new > 1 or n_slots > min(lengths) + n_new:
             mask = self._added(seen <= slots.unsqueeze(-1))
         places = slots if tree is None else at + tree.depths
         return self._positions(slots, places, n_slots, mask)
@@ -110,11 +112,15 @@ class Decoder:
         at = torch.tensor(lengths, device=self.device)[:, None]
         slots = at + torch.arange(max(counts), device=self.device)
         ends = [length + count for length, count in zip(lengths, counts, strict=True)]
-        mask = None
-        if len(set(ends)) > 1:
-            seen = torch.arange(max(ends), device=self.device)
+        n_slots, mask = self._slots_to_read(max(ends)), None
+        if self.always_masks or n_slots > min(ends):
+            seen = torch.arange(n_slots, device=self.device)
             mask = self._added((seen < torch.tensor(ends, device=self.device)[:, None]).unsqueeze(1), copies=1)
-        return self._positions(slots, slots, max(ends), mask)
+        return self._positions(slots, slots, n_slots, mask)
+
+    def _slots_to_read(self, n_slots: int) -> int:
+        """Of each row, where ``n_slots`` are wanted."""
+        return n_slots
 
     def _positions(self, slots: Tensor, places: Tensor, n_slots: int, mask: Tensor | None) -> Positions:
         rows = torch.arange(len(slots), device=self.device)[:, None]
@@ -147,7 +153,10 @@ class Decoder:
 
         The other positions leave only their keys and values; ``at`` is of ``path_positions`` or of a prompt.
         """
-        first, last = self.config.n_trunk_layers + 1, torch.tensor(counts, device=self.device) - 1
+        return self._drafts(z, at, torch.tensor(counts, device=self.device) - 1, n_heads, cache)
+
+    def _drafts(self, z: Tensor, at: Positions, last: Tensor, n_heads: int, cache: KVCache) -> Tensor:
+        first = self.config.n_trunk_layers + 1
         hidden = [self._block_at(first + k, z, at, last, cache) for k in range(n_heads)]
         return self._logits(torch.cat(hidden, 1))
 

@@ -13,10 +13,11 @@ from megamtp.convert.verification import verifying
 from megamtp.data.tokenizer import Tokenizer, load_tokenizer
 from megamtp.errors import UserError
 from megamtp.inference.decoder import Decoder
+from megamtp.inference.graphs import GraphedDecoder
 from megamtp.inference.native.build import CannotBuild, library
 from megamtp.inference.native.decoder import NativeDecoder
 
-BACKENDS = ("auto", "native", "torch")
+BACKENDS = ("auto", "native", "graphs", "torch")
 DTYPES = {**STORED_DTYPES, "fp64": torch.float64}
 
 
@@ -48,7 +49,8 @@ def load_model(
     """The model in a folder: of a run, a checkpoint, an export, a Hugging Face Llama, Meta's release.
 
     ``tokenizer`` and ``context`` stand in where the folder does not tell them. Default dtype: bf16 on a GPU, fp32 on a
-    CPU. ``backend``: "native", compiled blocks, for a CPU in fp32; "torch"; "auto", the former where it can be had.
+    CPU. ``backend``: "native", compiled blocks, for a CPU in fp32; "graphs", CUDA graphs; "torch"; "auto", the fastest
+    that can be had.
     Raises ``UserError`` for a folder that is no model, for damaged files, and for what nothing tells.
     """
     device = _device(device)
@@ -100,6 +102,10 @@ def _decoder_class(backend: str, dtype: torch.dtype, device: torch.device) -> ty
     able = device.type == "cpu" and dtype == torch.float32
     if backend == "native" and not able:
         raise UserError("--backend native: computes in fp32 on a CPU alone; add --device cpu --dtype fp32")
+    if backend == "graphs" and device.type != "cuda":
+        raise UserError("--backend graphs: records CUDA graphs, and this is no GPU; use auto")
+    if device.type == "cuda" and backend != "torch":
+        return GraphedDecoder
     if backend == "torch" or not able:
         return Decoder
     try:

@@ -22,7 +22,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from megamtp.config import config_dataclass, option
-from megamtp.model.transformer import Block, BlockInputs, ModelConfig, OpsConfig, RMSNorm
+from megamtp.model.transformer import Block, BlockInputs, ModelConfig, RMSNorm
+from megamtp.ops.choice import OpsConfig, backend
 from megamtp.ops.cross_entropy import (
     CHUNK_TOKENS,
     TokenLosses,
@@ -46,7 +47,14 @@ class HeadsConfig:
         "null = sequential, or joint under ZeRO-3",
     )
     loss_weights: list[float] | None = option(None, "one weight per head; null = 1 each, as in the paper")
-    chunk_tokens: Annotated[int, Field(ge=1)] = option(CHUNK_TOKENS, "tokens whose logits exist at a time")
+    chunk_tokens: Annotated[int, Field(ge=1)] | None = option(
+        None, f"tokens whose logits exist at a time; null = {CHUNK_TOKENS}, on a GPU as many as its memory allows"
+    )
+
+    @property
+    def chunk(self) -> int:
+        """``chunk_tokens``, or what stands for it where nobody has chosen."""
+        return self.chunk_tokens or CHUNK_TOKENS
 
     def mode_under(self, zero_stage: int) -> str:
         """What ``mode: null`` stands for; ZeRO-3 has partitioned what sequential's own backward needs."""
@@ -86,13 +94,13 @@ class MultiTokenHeads(nn.Module):
         if len(weights) != n:
             raise ValueError(f"heads.loss_weights has {len(weights)} entries; n_future_tokens is {n}")
         self.vocab_size = config.vocab_size
-        self.mode, self.chunk_tokens = heads_config.mode or "sequential", heads_config.chunk_tokens
-        self.loss_weights, self.tp, self.backend = tuple(weights), tp, ops.cross_entropy
+        self.mode, self.chunk_tokens = heads_config.mode or "sequential", heads_config.chunk
+        self.loss_weights, self.tp, self.backend = tuple(weights), tp, backend(ops, "cross_entropy")
         self.sink: GradientSink | None = None
         if self.mode == "sequential":  # one head's activations exist at a time: nothing to save
             ops = replace(ops, recompute="none")
         self.heads = nn.ModuleList(Block(config, ops, tp) for _ in range(n))
-        self.norm = RMSNorm(config.dim, config.norm_eps, tp)
+        self.norm = RMSNorm(config, ops, tp)
         self.output = ColumnParallel(config.dim, config.padded_vocab_size, tp)
         self.n_rows = min(config.vocab_size - self.output.shard.start, len(self.output.weight))  # that are not padding
 

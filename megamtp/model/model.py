@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from megamtp.model.heads import HeadLosses, HeadsConfig, MultiTokenHeads
 from megamtp.model.initialize import initialize_
-from megamtp.model.transformer import Block, ModelConfig, OpsConfig, block_inputs
+from megamtp.model.transformer import Block, ModelConfig, block_inputs
+from megamtp.ops.choice import OpsConfig
 from megamtp.parallel.layers import Layer, VocabParallelEmbedding
 from megamtp.parallel.tensor import WHOLE, Shard, TensorParallel
 
@@ -54,7 +55,7 @@ class MultiTokenModel(nn.Module):
 
     def trunk(self, tokens: Tensor, positions: Tensor | None = None, document_ids: Tensor | None = None):
         """tokens (b, s) -> z (b, s, d) and what the blocks share."""
-        inputs = block_inputs(self.config, self.ops.attention, tokens.shape[1], tokens.device, positions, document_ids)
+        inputs = block_inputs(self.config, self.ops, tokens.shape[1], tokens.device, positions, document_ids)
         z = self.tok_embeddings(tokens)
         for layer in self.layers:
             z = layer(z, inputs)

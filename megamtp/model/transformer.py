@@ -5,7 +5,7 @@ f ffn_dim. Under tensor parallelism h, g and f are this rank's share; under sequ
 attention and feed-forward is this rank's slice (b, s / tp, d). A block does not know its depth.
 """
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megamtp.config import REQUIRED, config_dataclass, option
-from megamtp.ops.attention import ATTENTION_BACKENDS, Documents, attention
-from megamtp.ops.cross_entropy import CrossEntropyBackend
-from megamtp.ops.elementwise import apply_rotary, rotary_table, swiglu
-from megamtp.ops.norm import rms_norm
+from megamtp.ops.attention import Documents, attention, attention_backend
+from megamtp.ops.choice import OpsConfig, backend
+from megamtp.ops.elementwise import elementwise_backend, rotary_table
+from megamtp.ops.norm import norm_backend
 from megamtp.parallel.layers import ColumnParallel, Layer, RowParallel, column_parallel
 from megamtp.parallel.tensor import WHOLE, TensorParallel
 
@@ -75,24 +75,6 @@ class ModelConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
-@config_dataclass
-class OpsConfig:
-    """Which backend computes what, and what is computed again."""
-
-    attention: Literal["sdpa", "reference"] = option(
-        "sdpa", "sdpa: PyTorch's fused attention; reference: the definition"
-    )
-    cross_entropy: CrossEntropyBackend = option(
-        "torch", "a chunk of logits into its gradient: torch; triton: one kernel, on a GPU, fp32 or narrower"
-    )
-    compile: bool = option(
-        False, "compile each block with torch.compile; for parallel.tensor 1, not under ZeRO-3; takes a minute at start"
-    )
-    recompute: Literal["none", "selective", "full"] = option(
-        "none", "what a backward pass computes again: none; selective: attention, q to output; full: the whole block"
-    )
-
-
 class BlockInputs(NamedTuple):
     """What every block of a micro-batch shares: the rotary table and, where documents are masked, who sees whom."""
 
@@ -102,7 +84,7 @@ class BlockInputs(NamedTuple):
 
 def block_inputs(
     config: ModelConfig,
-    attention_backend: str,
+    ops: OpsConfig,
     seq_len: int,
     device: torch.device,
     positions: Tensor | None = None,
@@ -112,24 +94,27 @@ def block_inputs(
     if positions is None:
         positions = torch.arange(seq_len, device=device)
     rotary = rotary_table(positions, config.head_dim, config.rope_theta)
-    documents = None if document_ids is None else ATTENTION_BACKENDS[attention_backend].prepare(document_ids)
+    documents = None
+    if document_ids is not None:
+        documents = attention_backend(backend(ops, "attention")).prepare(document_ids)
     return BlockInputs(rotary, documents)
 
 
 class RMSNorm(Layer):
-    def __init__(self, dim: int, eps: float, tp: TensorParallel = WHOLE):
-        super().__init__(tp.replicated((dim,)))
-        self.eps, self.tp = eps, tp
+    def __init__(self, config: ModelConfig, ops: OpsConfig, tp: TensorParallel = WHOLE):
+        super().__init__(tp.replicated((config.dim,)))
+        self.eps, self.tp, self.norm = config.norm_eps, tp, norm_backend(backend(ops, "norm"))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.tp.replicated_weight(self.weight), self.eps)
+        return self.norm(x, self.tp.replicated_weight(self.weight), self.eps)
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, ops: OpsConfig, tp: TensorParallel = WHOLE):
         super().__init__()
         self.head_dim, self.tp = config.head_dim, tp
-        self.backend, self.recompute = ATTENTION_BACKENDS[ops.attention], ops.recompute == "selective"
+        self.backend, self.recompute = attention_backend(backend(ops, "attention")), ops.recompute == "selective"
+        self.rotary = elementwise_backend(backend(ops, "elementwise")).rotary
         self.wq = ColumnParallel(config.dim, config.n_heads * config.head_dim, tp)
         self.wk = ColumnParallel(config.dim, config.kv_heads * config.head_dim, tp, kv=True)
         self.wv = ColumnParallel(config.dim, config.kv_heads * config.head_dim, tp, kv=True)
@@ -143,24 +128,24 @@ class Attention(nn.Module):
 
     def _forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
         q, k, v = column_parallel(x, self.tp, self.wq, self.wk, self.wv)
-        q = apply_rotary(q.unflatten(-1, (-1, self.head_dim)), inputs.rotary)  # (b, s, h, hd)
-        k = apply_rotary(k.unflatten(-1, (-1, self.head_dim)), inputs.rotary)  # (b, s, g, hd)
+        q = self.rotary(q.unflatten(-1, (-1, self.head_dim)), inputs.rotary)  # (b, s, h, hd)
+        k = self.rotary(k.unflatten(-1, (-1, self.head_dim)), inputs.rotary)  # (b, s, g, hd)
         v = v.unflatten(-1, (-1, self.head_dim))  # (b, s, g, hd)
         out = attention(q, k, v, backend=self.backend, documents=inputs.documents)  # (b, s, h, hd)
         return self.wo(out.flatten(-2))
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: ModelConfig, tp: TensorParallel = WHOLE):
+    def __init__(self, config: ModelConfig, ops: OpsConfig, tp: TensorParallel = WHOLE):
         super().__init__()
-        self.tp = tp
+        self.tp, self.swiglu = tp, elementwise_backend(backend(ops, "elementwise")).swiglu
         self.w1 = ColumnParallel(config.dim, config.hidden_dim, tp)  # gate
         self.w2 = RowParallel(config.hidden_dim, config.dim, tp)  # down
         self.w3 = ColumnParallel(config.dim, config.hidden_dim, tp)  # up
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = column_parallel(x, self.tp, self.w1, self.w3)
-        return self.w2(swiglu(gate, up))
+        return self.w2(self.swiglu(gate, up))
 
 
 class Block(nn.Module):
@@ -169,10 +154,10 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, ops: OpsConfig, tp: TensorParallel = WHOLE):
         super().__init__()
         self.recompute = ops.recompute == "full"
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps, tp)
+        self.attention_norm = RMSNorm(config, ops, tp)
         self.attention = Attention(config, ops, tp)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, tp)
-        self.feed_forward = FeedForward(config, tp)
+        self.ffn_norm = RMSNorm(config, ops, tp)
+        self.feed_forward = FeedForward(config, ops, tp)
         if ops.compile:  # blocks of one shape share what is compiled
             self.compile(fullgraph=True, dynamic=False)
 

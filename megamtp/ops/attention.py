@@ -1,27 +1,28 @@
 """Causal attention behind one function; the backend is a choice made once.
 
+Here are the definition and PyTorch's own; flash-attn and FlexAttention have a module each, imported when chosen.
 Shapes: b batch, s sequence, h query heads, g key/value heads (g divides h), hd head_dim.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-
-@dataclass(frozen=True)
-class Documents:
-    """Which positions may see each other, prepared once per micro-batch in the form that the backend wants."""
-
-    ids: Tensor  # (b, s) int; equal ids = the same document
-    mask: Tensor  # (b, 1, s, s) bool, True = may attend; causality included
+AttentionName = Literal["flash4", "flash3", "flash2", "cudnn", "flex", "sdpa", "reference"]
+Documents = Any  # which positions may see each other, prepared once per micro-batch in the form that the backend wants
 
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """``prepare(document_ids) -> Documents``; ``attend(q, k, v, documents, causal) -> (b, s, h, hd)``."""
+    """``prepare(document_ids (b, s)) -> Documents``; ``attend(q, k, v, documents, causal) -> (b, s, h, hd)``.
+
+    Equal ids in neighbouring positions are the same document.
+    """
 
     prepare: Callable[[Tensor], Documents]
     attend: Callable[[Tensor, Tensor, Tensor, Documents | None, bool], Tensor]
@@ -55,12 +56,7 @@ def document_mask(document_ids: Tensor) -> Tensor:
     return same.logical_and_(torch.ones(s, s, dtype=torch.bool, device=document_ids.device).tril()).unsqueeze(1)
 
 
-def _prepare_mask(document_ids: Tensor) -> Documents:
-    return Documents(document_ids, document_mask(document_ids))
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, causal: bool) -> Tensor:
-    mask = None if documents is None else documents.mask
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -72,18 +68,32 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, causal: 
     return out.transpose(1, 2)
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, causal: bool) -> Tensor:
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    # Where cuDNN does not take the shape, PyTorch goes on to the next.
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(order, set_priority=True):
+        return _sdpa(q, k, v, mask, causal)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """Scores, mask, softmax, product: what every backend is held to."""
     b, s, h, hd = q.shape
     k, v = (x.repeat_interleave(h // x.shape[2], 2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).to(torch.promote_types(q.dtype, torch.float32)) / hd**0.5
     if causal:
-        mask = documents.mask if documents is not None else torch.ones(s, s, dtype=torch.bool, device=q.device).tril()
+        mask = mask if mask is not None else torch.ones(s, s, dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~mask, -torch.inf)
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1).to(v.dtype), v)
 
 
-ATTENTION_BACKENDS = {
-    "sdpa": AttentionBackend(_prepare_mask, _sdpa),
-    "reference": AttentionBackend(_prepare_mask, _reference),
-}
+def attention_backend(name: AttentionName) -> AttentionBackend:
+    """Raises ``ImportError`` where its library is not installed."""
+    if name.startswith("flash"):
+        from megamtp.ops.attention_flash import flash_backend
+
+        return flash_backend(int(name[-1]))
+    if name == "flex":
+        from megamtp.ops.attention_flex import FLEX
+
+        return FLEX
+    return AttentionBackend(document_mask, {"sdpa": _sdpa, "cudnn": _cudnn, "reference": _reference}[name])

@@ -18,11 +18,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CrossEntropyBackend = Literal["torch", "triton"]
+CrossEntropyBackend = Literal["triton", "liger", "apex", "torch"]
 IGNORE_INDEX = -100
 CHUNK_TOKENS = 1024
 # On a CPU the softmax runs over a few rows at a time, which stay in its cache between the passes.
 CACHE_BYTES = 8 << 20
+
+
+# A GPU's products want many rows, and each chunk passes over the unembedding's fp32 gradient once more.
+LARGEST_CHUNK, SMALLEST_CHUNK = 16_384, 256
+SHARE_FOR_LOGITS = 0.1
+
+
+def chunk_for_memory(free_bytes: float, n_rows: int, n_tokens: int, itemsize: int) -> int:
+    """Tokens of a chunk on a GPU: a power of two whose logits (tokens, ``n_rows``) take a tenth of what is free.
+
+    ``n_tokens`` of a micro-batch are never exceeded by more than the next power of two.
+    """
+    fitting = SHARE_FOR_LOGITS * free_bytes / (n_rows * itemsize)
+    chunk = SMALLEST_CHUNK
+    while chunk < min(n_tokens, LARGEST_CHUNK) and 2 * chunk <= fitting:
+        chunk *= 2
+    return chunk
 
 
 class TokenLosses(NamedTuple):
@@ -196,6 +213,12 @@ def _logits_to_gradient(
         from megamtp.ops.cross_entropy_triton import logits_to_gradient
 
         return logits_to_gradient(logits, places, split, whole, need_grads)
+    if workspace.backend != "torch":
+        from megamtp.ops import cross_entropy_libraries
+
+        if not whole:
+            raise ValueError(f"cross-entropy by {workspace.backend} needs the whole vocabulary; use triton or torch")
+        return cross_entropy_libraries.logits_to_gradient(workspace.backend, logits, places, need_grads)
     valid, here, index, scale = places
     blocks = [slice(first, first + workspace.n_rows) for first in range(0, logits.shape[0], workspace.n_rows)]
     tokens = torch.arange(logits.shape[0], device=logits.device)

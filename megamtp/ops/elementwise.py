@@ -3,9 +3,21 @@
 Rotary pairs are halves, (i, i + hd/2), as in Hugging Face's Llama: weights move there without a permutation.
 """
 
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+ElementwiseName = Literal["triton", "compiled", "torch"]
+
+
+class Elementwise(NamedTuple):
+    """``rotary`` as ``apply_rotary``, ``swiglu`` as below."""
+
+    rotary: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
+    swiglu: Callable[[Tensor, Tensor], Tensor]
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -26,3 +38,13 @@ def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020, GLU variants)."""
     return F.silu(gate) * up
+
+
+def elementwise_backend(name: ElementwiseName) -> Elementwise:
+    """Raises ``ImportError`` where Triton is asked for and not installed."""
+    if name == "triton":
+        from megamtp.ops import elementwise_triton
+
+        return Elementwise(elementwise_triton.apply_rotary, elementwise_triton.swiglu)
+    plain = Elementwise(apply_rotary, swiglu)
+    return Elementwise(*map(torch.compile, plain)) if name == "compiled" else plain

@@ -47,6 +47,7 @@ class Device:
     inter_gbs: float = 0.0  # between nodes, of one device
     per_node: int = 1
     source: str = ""
+    is_gpu: bool = True
 
     def flops(self, precision: str) -> float:
         """Peak FLOP/s of matrix products."""
@@ -81,9 +82,9 @@ DEVICES = {
     "b200": Device(180, 2250, 75, 8000, 900, 50, 8, "NVIDIA DGX B200 (8 x NDR 400 Gb/s)"),
     "l40s": Device(48, 362, 91.6, 864, 32, 12.5, 8, "NVIDIA L40S (PCIe 4.0 x16); 100 Gb/s each assumed"),
     # There is no data sheet for "a CPU": memory_gb, fp32_tflops (or bf16_tflops) and bandwidth_gbs must be given.
-    "cpu": Device(0, 0, 0, 0, source="given by options"),
+    "cpu": Device(0, 0, 0, 0, source="given by options", is_gpu=False),
 }
-FIGURES = [field.name for field in fields(Device) if field.name != "source"]
+FIGURES = [field.name for field in fields(Device) if field.name not in ("source", "is_gpu")]
 
 
 def find_device(name: str, figures: dict[str, float] | None = None, file: Path | None = None) -> Device:

@@ -176,5 +176,5 @@ def _loss_bytes(config: ModelConfig, heads: HeadsConfig, mode: str, tokens: int,
     rows = min(config.vocab_size, share(config.padded_vocab_size, tensor))
     if mode == "naive":
         return tokens * config.n_future_tokens * rows * 12
-    chunk = min(tokens, heads.chunk_tokens)
+    chunk = min(tokens, heads.chunk)
     return 4 * chunk * rows + (2 * (chunk + config.dim) * rows if width == 2 else 0)

@@ -237,6 +237,11 @@ class StepModel:
             tensor=tensor,
         )
 
+    def _is_fused(self, operation: str, backends: tuple[str, ...]) -> bool:
+        """Whether one kernel computes it; where nobody has named one, as a GPU's start chooses (``ops/choice.py``)."""
+        named = getattr(self.config.ops, operation)
+        return named in backends if named else self.device.is_gpu
+
     def _ring_bytes(self, crossings: float) -> float:
         """Of hidden states (b, s, d) that cross the ring."""
         t = self.parallel.tensor
@@ -248,9 +253,9 @@ class StepModel:
         matrices = block_parameters(model, t) - 2 * model.dim
         between = share(model.dim, t) if self.parallel.sequence_parallel else model.dim
         rotated, ffn = share(model.dim, t) + kv_width(model, t), share(model.hidden_dim, t)
-        # Norms and residuals read and write 10 dim. Compiled, rotary and SwiGLU are one kernel each; else every
-        # operator reads and writes, rotary's in fp32: 3 products and sums of halves with their inputs, cat, narrowed.
-        if self.config.ops.compile:
+        # Norms and residuals read and write 10 dim. Fused, rotary and SwiGLU are one kernel each; else every
+        # operator reads and writes, rotary's in fp32: products and sums of halves with their inputs, cat, narrowed.
+        if self.config.ops.compile or self._is_fused("elementwise", ("triton", "compiled")):
             moved = self.width * (10 * between + 2 * rotated + 3 * ffn)
         else:
             rotary = 4 * (self.width + 4) / 2 + 2 * 12 / 2 + 8 + (4 + self.width) * (self.width == 2)
@@ -319,9 +324,10 @@ class StepModel:
         model, t, w = self.model, self.parallel.tensor, self.width
         rows = min(model.vocab_size, share(model.padded_vocab_size, t))
         # A logit in the passes of ``ops/cross_entropy.py``: written, widened, largest twice, softmax, scaled, narrowed.
-        # The kernel of triton reads twice and writes once.
-        per_logit = 4 * w if self.config.ops.cross_entropy == "triton" else w + 28 + (2 * w + 8) * (w == 2)
-        chunks = -(-self.tokens // min(self.tokens, self.config.heads.chunk_tokens))
+        # One kernel reads twice and writes once.
+        fused = self._is_fused("cross_entropy", ("triton", "liger", "apex"))
+        per_logit = 4 * w if fused else w + 28 + (2 * w + 8) * (w == 2)
+        chunks = -(-self.tokens // min(self.tokens, self.config.heads.chunk))
         return _Work(
             matmul=3 * unembedding_forward_flops(model) * self.tokens * rows / model.vocab_size,
             memory=per_logit * rows * self.tokens

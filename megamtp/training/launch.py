@@ -1,22 +1,19 @@
 """From a validated config to a running (or described) training: what ``pretrain.py`` calls."""
 
-import os
-import shutil
 import sys
 from dataclasses import asdict
-from importlib.util import find_spec
 
 import torch
 
 from megamtp.config import dump
 from megamtp.data.datasets import describe_data
-from megamtp.errors import UserError
 from megamtp.host_memory import keep_freed_memory
 from megamtp.model.cost import parameters, train_flops_per_token
 from megamtp.model.model import MultiTokenModel
 from megamtp.parallel.environment import launch_environment
-from megamtp.planner.estimate import estimate_run
+from megamtp.planner.estimate import estimate_run, stages_and_traffic
 from megamtp.planner.stages import stage_table
+from megamtp.training.device import check_kernels, choose_chunk, choose_kernels, grow_segments
 from megamtp.training.loop import open_run_data, train
 from megamtp.training.run_config import RunConfig
 
@@ -25,6 +22,11 @@ def pretrain(config: RunConfig, dry_run: bool = False) -> int:
     """Start this rank's part of the run and return the exit code. Raises ``UserError`` before any work is lost."""
     rank, world_size, *_ = launch_environment()
     micro_batches = config.micro_batches(world_size)
+    grow_segments()
+    config, kernels = choose_kernels(config)
+    if torch.cuda.is_available():
+        gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+        config = choose_chunk(config, stages_and_traffic(config, world_size)[0], gpu_bytes)
     if dry_run:
         data = open_run_data(config)
         with torch.device("meta"):
@@ -32,16 +34,12 @@ def pretrain(config: RunConfig, dry_run: bool = False) -> int:
         if rank == 0:
             print(describe_run(config, world_size, micro_batches))
             print(f"parameter tensors: {len(list(model.parameters()))}")
+            print(kernels)
             print(describe_data(data, config.training.steps * config.training.global_batch_size))
         return 0
-    if config.ops.cross_entropy == "triton":
-        _require_triton()
-    if config.ops.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-        raise UserError(
-            "ops.compile: torch.compile needs a C++ compiler, and there is none; install g++, or leave it out"
-        )
     on_cpu = not torch.cuda.is_available()
     if rank == 0:
+        print(kernels)
         estimate = estimate_run(config, world_size, None if on_cpu else torch.cuda.get_device_name())
         if config.parallel.stages > 1:
             print(stage_table(estimate.stages))
@@ -54,16 +52,10 @@ def pretrain(config: RunConfig, dry_run: bool = False) -> int:
     from megamtp.engine.launch import start_processes, stop_processes
 
     grid = start_processes(config.parallel, config.model.kv_heads)
+    check_kernels(config, grid)
     code = train(config, grid)
     stop_processes()
     return code
-
-
-def _require_triton() -> None:
-    if not torch.cuda.is_available():
-        raise UserError("ops.cross_entropy is triton: that needs a GPU, and there is none here; use torch")
-    if find_spec("triton") is None:
-        raise UserError("ops.cross_entropy is triton: it is not installed; pip install triton, or use torch")
 
 
 def describe_run(config: RunConfig, world_size: int, micro_batches: int) -> str:

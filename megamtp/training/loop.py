@@ -21,8 +21,9 @@ from megamtp.files import write_atomic
 from megamtp.model.cost import train_flops_per_token
 from megamtp.parallel.groups import ProcessGrid
 from megamtp.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from megamtp.training.device import device_peak
 from megamtp.training.faults import LONG, StopRequest, fail_together, from_main
-from megamtp.training.metrics import HeadMetrics, MetricsWriter, peak_memory_gib, peak_tflops, reduce_heads
+from megamtp.training.metrics import HeadMetrics, MetricsWriter, peak_memory_gib, reduce_heads
 from megamtp.training.run_config import RunConfig
 from megamtp.training.schedule import learning_rate
 
@@ -147,7 +148,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
     micro_batches = config.micro_batches(grid.world_size)
     tokens_per_step = training.global_batch_size * config.data.seq_len
     flops_per_step = tokens_per_step * train_flops_per_token(config.model, config.data.seq_len)
-    device_peak = training.peak_tflops or peak_tflops(grid.device)
+    peak = device_peak(config, grid.device)
 
     def save() -> None:
         state = {"loader": loader and loader.state_dict(), "counters": counters}  # that of the main rank is written
@@ -207,7 +208,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
                         "skipped_steps": counters["skipped_steps"],
                         "tokens_per_s": tokens_per_step / seconds,
                         "tflops": tflops,
-                        "mfu": tflops / (device_peak * grid.world_size) if device_peak else None,
+                        "mfu": tflops / (peak * grid.world_size) if peak else None,
                         "memory_gib": peak_memory_gib(grid.device),
                         "epoch": max(loader.epochs.values()),
                         **({"epoch_per_source": loader.epochs} if len(loader.epochs) > 1 else {}),

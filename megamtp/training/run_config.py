@@ -11,7 +11,8 @@ from megamtp.engine.optimizer import OptimizerConfig
 from megamtp.errors import UserError
 from megamtp.model.cut import choose_cut
 from megamtp.model.heads import HeadsConfig
-from megamtp.model.transformer import ModelConfig, OpsConfig
+from megamtp.model.transformer import ModelConfig
+from megamtp.ops.choice import OpsConfig
 from megamtp.parallel.groups import ParallelConfig
 from megamtp.parallel.tensor import split_range
 from megamtp.training.schedule import ScheduleConfig
@@ -34,7 +35,7 @@ class TrainingConfig:
     keep_checkpoints: PositiveInt = option(2, "newest checkpoints that are kept")
     stop_after: PositiveInt | None = option(None, "save and stop at this step, without changing the schedule")
     peak_tflops: Annotated[float, Field(gt=0)] | None = option(
-        None, "of one device, for MFU; null = GPUs known by name"
+        None, "of one device, for MFU; null = of a GPU known by name, or measured on one that is not"
     )
 
 

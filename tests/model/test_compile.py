@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from megamtp.model.heads import HeadsConfig
-from megamtp.model.transformer import OpsConfig
+from megamtp.ops.choice import OpsConfig
 from tests.distributed import run_ranks
 from tests.model.llama import micro_batch, random_model, small_config
 from tests.ops.closeness import relative_error

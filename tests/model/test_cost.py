@@ -5,7 +5,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megamtp.model import cost
 from megamtp.model.heads import HeadsConfig
 from megamtp.model.model import MultiTokenModel, build_model, logical_parameters
-from megamtp.model.transformer import ModelConfig, OpsConfig
+from megamtp.model.transformer import ModelConfig
+from megamtp.ops.choice import OpsConfig
 from megamtp.parallel.tensor import TensorParallel
 from tests.model.llama import micro_batch, small_config
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from megamtp.model.heads import HeadsConfig
-from megamtp.model.model import OpsConfig, build_model, logical_parameters
+from megamtp.model.model import build_model, logical_parameters
+from megamtp.ops.choice import OpsConfig
 from tests.model.llama import expected_losses, llama, llama_logits, micro_batch, random_model, small_config
 from tests.ops.closeness import EXACT, relative_error
 

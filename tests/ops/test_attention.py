@@ -3,14 +3,25 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megamtp.ops.attention import ATTENTION_BACKENDS, attention, document_mask
+from megamtp.ops.attention import attention, attention_backend, document_mask
+from megamtp.ops.attention_flash import sequences
 from tests.ops.closeness import EXACT, relative_error
+from tests.ops.fake_libraries import install_flash_attn
 
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 B, S, HD = 2, 13, 6
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 7, [0] * 13])
-BACKENDS = pytest.mark.parametrize("backend", sorted(ATTENTION_BACKENDS))
+# FlexAttention has no backward pass on a CPU, and flash-attn is a stand-in here.
+FLASH = ["flash2", "flash3", "flash4"]
+PORTABLE = ["cudnn", "reference", "sdpa"]
+BACKENDS = pytest.mark.parametrize("backend", [*PORTABLE, "flex", *FLASH])
 HEADS = pytest.mark.parametrize(("h", "g"), [(4, 4), (4, 2), (6, 1)])
 MASKED = pytest.mark.parametrize("masked", [False, True], ids=["whole", "documents"])
+
+
+@pytest.fixture(autouse=True)
+def flash_attn(monkeypatch):
+    install_flash_attn(monkeypatch)
 
 
 def qkv(h, g, dtype=torch.float64, seed=0):
@@ -19,7 +30,7 @@ def qkv(h, g, dtype=torch.float64, seed=0):
 
 
 def attend(backend, q, k, v, documents=None, causal=True):
-    backend = ATTENTION_BACKENDS[backend]
+    backend = attention_backend(backend)
     prepared = None if documents is None else backend.prepare(documents)
     return attention(q, k, v, backend=backend, documents=prepared, causal=causal)
 
@@ -58,17 +69,18 @@ def test_without_causality(backend):
 @MASKED
 @HEADS
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, EXACT), (torch.float32, 1e-6)])
-def test_backends_agree_forward_and_backward(dtype, tolerance, h, g, masked):
+@pytest.mark.parametrize("backend", [*FLASH, "cudnn", "sdpa"])
+def test_backends_agree_forward_and_backward(backend, dtype, tolerance, h, g, masked):
     upstream = qkv(h, g, dtype, seed=1)[0]
     outs, grads = [], []
-    for backend in ("sdpa", "reference"):
+    for name in (backend, "reference"):
         inputs = [x.requires_grad_() for x in qkv(h, g, dtype)]
-        out = attend(backend, *inputs, DOCUMENTS if masked else None)
+        out = attend(name, *inputs, DOCUMENTS if masked else None)
         outs.append(out.detach())
         grads.append(torch.autograd.grad(out, inputs, upstream))
     assert relative_error(*outs) <= tolerance
-    for sdpa, reference in zip(*grads, strict=True):
-        assert relative_error(sdpa, reference) <= tolerance
+    for fast, reference in zip(*grads, strict=True):
+        assert relative_error(fast, reference) <= tolerance
 
 
 @BACKENDS
@@ -108,6 +120,11 @@ def test_document_mask():
     ids = torch.tensor([[7, 7, 3, 7]])  # the same number again is the same document
     wanted = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 0, 1]]
     assert document_mask(ids).tolist() == [[[[bool(x) for x in row] for row in wanted]]]
+
+
+def test_sequences_of_documents():
+    bounds = sequences(torch.tensor([[4, 4, 4, 7], [7, 7, 9, 9]])).bounds  # a row ends a document
+    assert bounds.tolist() == [0, 3, 4, 6, 8] and bounds.dtype == torch.int32
 
 
 def test_key_value_heads_that_do_not_divide():

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megamtp.model.heads import HeadsConfig
-from megamtp.model.transformer import OpsConfig
 from megamtp.ops import cross_entropy_triton
+from megamtp.ops.choice import OpsConfig
 from megamtp.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_with_grads
 from tests.model.llama import micro_batch, random_model, small_config
 from tests.ops.closeness import relative_error

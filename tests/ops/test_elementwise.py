@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from megamtp.ops.elementwise import apply_rotary, rotary_table, swiglu
+from megamtp.ops.elementwise import apply_rotary, elementwise_backend, rotary_table, swiglu
 from tests.ops.closeness import EXACT, relative_error
 
 B, S, H, HD = 2, 9, 3, 8
@@ -84,3 +84,68 @@ def test_swiglu():
     gate, up = heads(torch.float64), heads(torch.float64, seed=1)
     g = gate.numpy()
     assert relative_error(swiglu(gate, up), torch.from_numpy(g / (1 + np.exp(-g)) * up.numpy())) <= EXACT
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FAST = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+
+
+def gradients(function, inputs, upstream):
+    inputs = [x.to(DEVICE).requires_grad_() for x in inputs]
+    out = function(*inputs)
+    return [x.cpu() for x in (out.detach(), *torch.autograd.grad(out, inputs, upstream.to(DEVICE)))]
+
+
+@FAST
+@pytest.mark.parametrize("shape", [(2, 9, 3, 8), (1, 40, 5, 64), (3, 700, 1, 2)], ids=str)  # the last: several blocks
+@pytest.mark.parametrize("per_row", [False, True])
+def test_rotary_by_triton(per_row, shape, dtype, tolerance):
+    b, s, _, hd = shape
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    positions = torch.randint(0, 5000, (b, s), generator=generator) if per_row else torch.arange(s)
+    table = rotary_table(positions, hd, 10000.0)
+    on_device = tuple(half.to(DEVICE) for half in table)
+    rotary = elementwise_backend("triton").rotary
+    ours = gradients(lambda x: rotary(x, on_device), [x], upstream)
+    wanted = gradients(lambda x: apply_rotary(x, on_device).double(), [x.double()], upstream.double())
+    assert ours[0].dtype == ours[1].dtype == dtype
+    for a, b in zip(ours, wanted, strict=True):
+        assert relative_error(a, b) <= tolerance
+
+
+@FAST
+@pytest.mark.parametrize("shape", [(3,), (2, 9, 24), (1, 1025)], ids=str)
+def test_swiglu_by_triton(shape, dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    gate, up, upstream = (4 * torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    ours = gradients(elementwise_backend("triton").swiglu, [gate, up], upstream)
+    wanted = gradients(swiglu, [gate.double(), up.double()], upstream.double())
+    assert all(x.dtype == dtype for x in ours)
+    for a, b in zip(ours, wanted, strict=True):
+        assert relative_error(a, b) <= tolerance
+
+
+def test_triton_takes_slices_that_do_not_lie_together():
+    """What one product of several projections gives: every second head, a transposed gradient."""
+    both = torch.randn(2, 9, 6, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    table = tuple(half.to(DEVICE) for half in rotary_table(torch.arange(9), 8, 10000.0))
+    triton = elementwise_backend("triton")
+    assert torch.allclose(triton.rotary(both[:, :, ::2], table), apply_rotary(both[:, :, ::2], table), atol=1e-6)
+    gate, up = both.chunk(2, -1)
+    assert torch.allclose(triton.swiglu(gate, up), swiglu(gate, up), atol=1e-6)
+    leaf = both.requires_grad_()
+    (grad,) = torch.autograd.grad(triton.rotary(leaf, table).transpose(1, 2).sum(1).sum(), leaf)
+    (wanted,) = torch.autograd.grad(apply_rotary(leaf, table).sum(), leaf)
+    assert torch.allclose(grad, wanted, atol=1e-6)
+
+
+def test_compiled():
+    x, up = heads(torch.bfloat16), heads(torch.bfloat16, seed=1)
+    table, compiled = rotary_table(torch.arange(S), HD, 10000.0), elementwise_backend("compiled")
+    for fast, plain in ((lambda x: compiled.rotary(x, table), lambda x: apply_rotary(x, table)), (compiled[1], swiglu)):
+        inputs = [x, up] if plain is swiglu else [x]
+        ours = gradients(fast, inputs, up)
+        wanted = gradients(lambda *x, plain=plain: plain(*x).double(), [x.double() for x in inputs], up.double())
+        for a, b in zip(ours, wanted, strict=True):
+            assert a.dtype == torch.bfloat16 and relative_error(a, b) <= 2**-7

@@ -1,10 +1,17 @@
 import pytest
 import torch
 
-from megamtp.ops.norm import reference_rms_norm, rms_norm
+from megamtp.ops.norm import norm_backend
 from tests.ops.closeness import EXACT, relative_error
+from tests.ops.fake_libraries import fused_rms_norm_affine, install
 
-NORMS = pytest.mark.parametrize("norm", [rms_norm, reference_rms_norm])
+NORMS = pytest.mark.parametrize("norm", ["apex", "compiled", "torch", "reference"], indirect=True)
+
+
+@pytest.fixture
+def norm(request, monkeypatch):
+    install(monkeypatch, "apex.normalization.fused_layer_norm", fused_rms_norm_affine=fused_rms_norm_affine)
+    return norm_backend(request.param)
 
 
 def by_definition(x, weight, eps):
@@ -38,11 +45,12 @@ def test_bf16_keeps_statistics_in_fp32(norm):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, EXACT), (torch.float32, 1e-6)])
-def test_gradients_match_the_reference(dtype, tolerance):
+@NORMS
+def test_gradients_match_the_reference(norm, dtype, tolerance):
     x, weight = (tensor.requires_grad_() for tensor in inputs(dtype))
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     ours, theirs = (
-        torch.autograd.grad(norm(x, weight, 1e-3), [x, weight], upstream) for norm in (rms_norm, reference_rms_norm)
+        torch.autograd.grad(norm(x, weight, 1e-3), [x, weight], upstream) for norm in (norm, norm_backend("reference"))
     )
     for a, b in zip(ours, theirs, strict=True):
         assert relative_error(a, b) <= tolerance

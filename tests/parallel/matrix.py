@@ -26,7 +26,8 @@ from megamtp.engine.fragments import fragments
 from megamtp.engine.optimizer import OptimizerConfig
 from megamtp.model.heads import HeadsConfig
 from megamtp.model.model import build_model, logical_parameters
-from megamtp.model.transformer import Block, OpsConfig
+from megamtp.model.transformer import Block
+from megamtp.ops.choice import OpsConfig
 from megamtp.parallel.groups import ProcessGrid
 from tests.distributed import run_ranks
 from tests.parallel.cases import GLOBAL_BATCH, IGNORE, SEQ_LEN, Case, held_out_batch, model_config, train_batch

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from megamtp.model.heads import HeadsConfig, MultiTokenHeads
 from megamtp.model.model import build_model, sharded_parameters
-from megamtp.model.transformer import Block, ModelConfig, OpsConfig, RMSNorm, block_inputs
+from megamtp.model.transformer import Block, ModelConfig, RMSNorm, block_inputs
+from megamtp.ops.choice import OpsConfig
 from megamtp.parallel.groups import ParallelConfig, ProcessGrid
 from megamtp.parallel.layers import ColumnParallel, RowParallel, VocabParallelEmbedding, column_parallel
 from megamtp.parallel.tensor import WHOLE, TensorParallel
@@ -40,7 +41,7 @@ class Setting:
         self.tokens = torch.randint(0, 101, (batch, SEQ_LEN), generator=self.generator)
         documents = (torch.rand(batch, SEQ_LEN, generator=self.generator) < 0.2).cumsum(1)
         positions = torch.randint(0, 9, (batch, SEQ_LEN), generator=self.generator)
-        self.inputs = block_inputs(self.config, "sdpa", SEQ_LEN, self.x.device, positions, documents)
+        self.inputs = block_inputs(self.config, OpsConfig(), SEQ_LEN, self.x.device, positions, documents)
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
@@ -98,7 +99,7 @@ def block(setting: Setting, recompute: str) -> dict[str, float]:
 
 
 def rms_norm(setting: Setting) -> dict[str, float]:
-    return held_to_held(setting, lambda tp: RMSNorm(24, 1e-5, tp))
+    return held_to_held(setting, lambda tp: RMSNorm(setting.config, OpsConfig(), tp))
 
 
 def column(setting: Setting) -> dict[str, float]:

@@ -5,7 +5,8 @@ import torch
 
 from megamtp.model.heads import HeadsConfig
 from megamtp.model.model import build_model
-from megamtp.model.transformer import ModelConfig, OpsConfig
+from megamtp.model.transformer import ModelConfig
+from megamtp.ops.choice import OpsConfig
 from megamtp.ops.cross_entropy import Workspace
 from megamtp.planner.memory import HeldLayers, block_activation_values, estimate_memory, micro_batches_in_flight
 from tests.model.llama import micro_batch, small_config
