@@ -3,6 +3,7 @@
 Without torch: a wrong name or figure is told at once.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,8 @@ def find_device(name: str, figures: dict[str, float] | None = None, file: Path |
         raise UserError(f"--gpu {name}: not known; use one of {', '.join(known)}, or describe it with --gpu-file")
     device = replace(known[name.lower()], **(figures or {}))
     for figure in FIGURES:
-        if getattr(device, figure) < 0:
-            raise UserError(f"--gpu {name}: {figure} must not be negative, got {getattr(device, figure)}")
+        if not 0 <= getattr(device, figure) < math.inf:
+            raise UserError(f"--gpu {name}: {figure} must be a number from 0, got {getattr(device, figure)}")
     if device.per_node < 1:
         raise UserError(f"--gpu {name}: per_node must be 1 or more")
     return device

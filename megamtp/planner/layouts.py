@@ -68,7 +68,8 @@ def _layouts(config: RunConfig, world_size: int, device: Device) -> Iterator[Run
         for pipeline, schedule in product(_divisors(world_size // tensor), ("1f1b", "dualpipev")):
             if pipeline == 1 and schedule == "dualpipev":
                 continue
-            zero_stages = (0, 1) if pipeline > 1 else (0, 1, 2, 3)
+            shares_out = pipeline == 1 and world_size > tensor  # what ZeRO 2 and 3 do, between replicas
+            zero_stages = (0, 1, 2, 3) if shares_out else (0, 1)
             sizes = product(zero_stages, MICRO_BATCH_SIZES, RECOMPUTE)
             for zero_stage, micro_batch_size, recompute in sizes:
                 mode = config.heads.mode_under(zero_stage)

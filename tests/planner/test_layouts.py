@@ -55,6 +55,8 @@ def test_what_is_among_the_layouts():
             assert layout["micro_batches"] >= 2 * layout["parallel.pipeline"]
     fp32 = [layout_of(layout, 12) for layout in _layouts(run_config(training={"precision": "fp32"}), 12, SMALL_GPU)]
     assert {layout["parallel.zero_stage"] for layout in fp32} == {0, 1, 2, 3}
+    alone = [layout_of(layout, 1) for layout in _layouts(run_config(), 1, SMALL_GPU)]
+    assert {layout["parallel.zero_stage"] for layout in alone} == {1}  # there is nobody to share with
 
 
 def test_a_ranked_layout_is_the_configs_own_when_asked_for():
