@@ -152,6 +152,14 @@ def test_help_and_wrong_figures_need_no_torch():
     assert "h900: not known" in result.stderr
 
 
+def test_planning_needs_no_deepspeed():
+    code = "import sys; sys.path.insert(0, '.'); from tools import plan\n"
+    code += "plan.main(['configs/13b_n4.yaml', '--gpu', 'h200', '--gpus', '8', '--rank'])\n"
+    code += "print([room for room in ('deepspeed', 'matplotlib') if room in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
 def test_every_gpu_of_the_table_has_its_figures_and_source():
     for name, device in DEVICES.items():
         assert device.source

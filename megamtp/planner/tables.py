@@ -107,8 +107,8 @@ def _why_none(ranking: Ranking) -> str:
     smallest = ranking.smallest
     if not smallest:
         return (
-            "no layout divides model, batch and devices; change --gpus to a divisor of training.global_batch_size "
-            "times a power of 2"
+            "no layout divides: --gpus is TP x PP x DP, where TP divides model.n_heads and a node, and DP "
+            "training.global_batch_size; change one of them"
         )
     return (
         f"none of {ranking.considered} layouts fits into {1e9 * smallest.device.memory_gb / GIB:,.1f} GiB: "
