@@ -7,7 +7,7 @@ layers are one module under ``DeepSpeedEngine`` (here), with one they are stages
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from typing import Literal, NamedTuple
 
@@ -34,7 +34,15 @@ class StepResult(NamedTuple):
     counts: Tensor
     correct: Tensor
     grad_norm: float
-    skipped: bool
+    skipped: str | None  # why the update was left out, on all ranks alike; None = it was made
+
+
+# (sums (n,), counts (n,), gradient norm), the step's over all ranks -> why its update is left out, or None.
+Judge = Callable[[list[float], list[float], float], str | None]
+
+
+def _refuse_non_finite(sums: list[float], counts: list[float], grad_norm: float) -> str | None:
+    return None if math.isfinite(grad_norm) else "non-finite"
 
 
 class Engine:
@@ -55,6 +63,7 @@ class Engine:
         import deepspeed
 
         self.grid, self.clip = grid, optimizer.clip
+        self.judge: Judge = _refuse_non_finite
         self.micro_batches = micro_batches
         self.layers = self._named_layers(model)  # this rank's, with the prefixes of their logical names
         if parallel.zero_stage == 3:
@@ -117,7 +126,7 @@ class Engine:
         return self.grid.dp_size > 1 or takes_over
 
     def train_step(self, batches: list[ModelInputs | None], lr: float) -> StepResult:
-        """One optimizer step over this rank's micro-batches. A non-finite gradient norm skips the update.
+        """One optimizer step over this rank's micro-batches. ``judge`` may leave the update out.
 
         Ranks of a pipeline that hold neither its first nor its last stage may be given None for each.
         """
@@ -127,7 +136,7 @@ class Engine:
             group["lr"] = lr
         self._totals = None
         grad_norm = self._run_step(batches)
-        return StepResult(*self._counted_totals(), grad_norm=grad_norm, skipped=not math.isfinite(grad_norm))
+        return StepResult(*self._counted_totals(), grad_norm=grad_norm, skipped=self._skipped)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[ModelInputs | None]) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,10 +179,16 @@ class Engine:
                 if wide is None:
                     grads = [piece for grad in grads for piece in grad.view(-1).split(NORM_PIECE)]
                 square += torch.stack(torch._foreach_norm(grads, dtype=wide)).double().square().sum().to(square.device)
-        self._norm = self.grid.sum_over_ranks(square).sqrt()
-        grad_norm = self._norm.item()
-        if not math.isfinite(grad_norm):
-            # ZeRO's optimizers skip the step when they see this norm. A bare AdamW would step into NaN.
+        sums, counts, _ = self._counted_totals()
+        # One message, and one look at the device, for all that the step is judged by.
+        totals = self.grid.sum_over_ranks(torch.cat([square.view(1), sums.double(), counts.double()]))
+        self._norm = totals[0].sqrt()
+        square_sum, *losses = totals.tolist()
+        grad_norm, n = math.sqrt(square_sum) if square_sum >= 0 else math.nan, len(losses) // 2
+        self._skipped = self.judge(losses[:n], losses[n:], grad_norm)
+        if self._skipped:
+            self._norm = torch.full_like(self._norm, torch.nan)
+            # ZeRO's optimizers skip the step when they see this norm. A bare AdamW would step.
             if not self.deepspeed.zero_optimization():
                 self.module.zero_grad(set_to_none=True)
         elif self.clip and grad_norm > self.clip:

@@ -120,6 +120,7 @@ class PipelineEngine(Engine):
         step = instructions[schedule.OptimizerStep]
 
         def clip_and_step(engine):
+            self._take_losses()
             self._grad_norm = self._clip_gradients()
             step(engine)
 
@@ -127,7 +128,6 @@ class PipelineEngine(Engine):
 
     def _run_step(self, batches: list[ModelInputs | None]) -> float:
         self.deepspeed.train_batch(self._as_deepspeed(batches))
-        self._take_losses()
         return self._grad_norm
 
     def _run_evaluation(self, batches: Iterable[ModelInputs | None]) -> None:

@@ -9,6 +9,7 @@ logical tensor; it starts at element 1024 of that band (see ``pieces``). Files a
 which gets its name when all are synced: a checkpoint is complete or it is not there.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -23,40 +24,82 @@ from megamtp.engine.engine import Engine
 from megamtp.engine.fragments import MOMENTS, Fragment, fragments, fragments_changed, optimizer_steps
 from megamtp.errors import UserError
 from megamtp.files import sync_folder, write_atomic
+from megamtp.parallel.groups import ProcessGrid
 from megamtp.training.faults import fail_together
 from megamtp.training.pieces import find_pieces, merge_pieces, read_pieces, sha256, write_pieces
 
 FORMAT = "megamtp-checkpoint"
-VERSION = 2
+TEMPORARY, REPLACED = ".tmp", ".replaced"  # suffixes of folders: not complete; complete, and about to go
+VERSION, READABLE = 3, (2, 3)
+CHECKSUM = "sha256_of_the_above"
 MANIFEST_KEYS = {"step", "optimizer_steps", "model", "state", "files", "tensors"}
+
+
+class DamagedCheckpoint(UserError):
+    """Something of a checkpoint is missing, cut or altered: an earlier one may be whole."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint will hold. Its fragments' memory must not change until it is written."""
+
+    step: int
+    optimizer_steps: int
+    model_config: dict[str, Any]
+    state: dict[str, Any]  # JSON: whatever the loop needs to go on
+    fragments: list[Fragment]
 
 
 def save_checkpoint(
     folder: Path, engine: Engine, *, step: int, model_config: dict[str, Any], state: dict[str, Any], keep: int
 ) -> Path:
+    """``write_checkpoint`` of the engine as it is."""
+    snapshot = Snapshot(step, optimizer_steps(engine), model_config, state, list(fragments(engine)))
+    return write_checkpoint(folder, snapshot, engine.grid, keep=keep)
+
+
+def write_checkpoint(
+    folder: Path,
+    snapshot: Snapshot,
+    grid: ProcessGrid,
+    *,
+    keep: int,
+    keep_every: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
     """Write ``folder/step-<eight digits>`` from all ranks; every rank calls it. Returns the checkpoint's path.
 
-    ``state`` is JSON: whatever the loop needs to go on. The newest ``keep`` checkpoints stay. Raises ``OSError``
-    on every rank where one of them could not write; earlier checkpoints are left as they were.
+    The newest ``keep`` checkpoints stay, and those of every ``keep_every``-th step. The ranks meet in ``group``
+    (default: that of all). Raises ``OSError`` on every rank where one of them could not write; earlier checkpoints
+    are left as they were.
     """
-    grid = engine.grid
-    final = folder / f"step-{step:08d}"
-    temporary = folder / f"{final.name}.tmp"
-    with fail_together(grid, OSError, UserError):
+    final = folder / f"step-{snapshot.step:08d}"
+    temporary = folder / f"{final.name}{TEMPORARY}"
+    try:
+        with fail_together(grid, OSError, UserError, group=group):
+            if grid.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)  # left behind by a crash
+                temporary.mkdir(parents=True)
+        with fail_together(grid, OSError, UserError, group=group):
+            entry = write_pieces(temporary / f"rank-{grid.rank:05d}.safetensors", snapshot.fragments)
+        entries: list[Any] = [None] * grid.world_size
+        dist.all_gather_object(entries, entry, group=group)
+        with fail_together(grid, OSError, UserError, group=group):
+            if grid.is_main:
+                manifest = make_manifest(
+                    entries,
+                    step=snapshot.step,
+                    optimizer_steps=snapshot.optimizer_steps,
+                    model=snapshot.model_config,
+                    state=snapshot.state,
+                )
+                _publish(folder, temporary, final, manifest)
+    except OSError:
         if grid.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)  # left behind by a crash
-            temporary.mkdir(parents=True)
-    with fail_together(grid, OSError, UserError):
-        entry = write_pieces(temporary / f"rank-{grid.rank:05d}.safetensors", fragments(engine))
-    entries: list[Any] = [None] * grid.world_size
-    dist.all_gather_object(entries, entry)
-    with fail_together(grid, OSError, UserError):
-        if grid.is_main:
-            manifest = make_manifest(
-                entries, step=step, optimizer_steps=optimizer_steps(engine), model=model_config, state=state
-            )
-            _publish(folder, temporary, final, manifest)
-            _remove_old(folder, keep)
+            shutil.rmtree(temporary, ignore_errors=True)  # what a full disk has room for is better used otherwise
+        raise
+    if grid.is_main:
+        _remove_old(folder, keep, keep_every)
     return final
 
 
@@ -68,19 +111,61 @@ def make_manifest(entries: list[dict[str, Any]], **rest: Any) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the last file of a checkpoint, durably."""
-    write_atomic(folder / "manifest.json", json.dumps(manifest).encode())
+    """Write the last file of a checkpoint, durably. Its last entry is the checksum of all before."""
+    text = json.dumps(manifest)
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    write_atomic(folder / "manifest.json", f'{text[:-1]}, "{CHECKSUM}": "{checksum}"}}'.encode())
     sync_folder(folder)
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text()
+        manifest = json.loads(text)
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{file.parent}: no manifest.json; this is not a complete checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{file}: cannot be read: {error}; use an earlier checkpoint") from None
+    if not isinstance(manifest, dict):
+        raise DamagedCheckpoint(f"{file}: is no checkpoint's manifest; use an earlier checkpoint")
+    before, found, _ = text.rpartition(f', "{CHECKSUM}": ')
+    checksum = manifest.pop(CHECKSUM, None)
+    # Earlier versions had none.
+    is_whole = (
+        checksum == hashlib.sha256(f"{before}}}".encode()).hexdigest() if found else manifest.get("version") != VERSION
+    )
+    if not is_whole:
+        raise DamagedCheckpoint(f"{file}: damaged, its checksum is wrong; use an earlier checkpoint")
+    if manifest.get("format") != FORMAT or manifest.get("version") not in READABLE:
+        raise UserError(
+            f"{file}: format {manifest.get('format')!r} version {manifest.get('version')!r}; this program reads "
+            f"{FORMAT!r} version {' and '.join(map(str, READABLE))}; read it with the program that wrote it"
+        )
+    if not MANIFEST_KEYS <= manifest.keys():
+        missing = ", ".join(sorted(MANIFEST_KEYS - manifest.keys()))
+        raise DamagedCheckpoint(f"{file}: lacks {missing}; use an earlier checkpoint")
+    return manifest
 
 
 def _publish(folder: Path, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Manifest, then the folder's name, then ``latest``: each only when what it speaks of is on disk."""
     write_manifest(temporary, manifest)
-    if final.exists():  # the same step, saved again after a resume
-        shutil.rmtree(final)
+    replaced = folder / f"{final.name}{REPLACED}"
+    if final.exists():  # the same step, saved again: until the new one has the name, the old one can still be found
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
     temporary.rename(final)
     sync_folder(folder)
     write_atomic(folder / "latest", final.name.encode())
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def checkpoints_by_age(folder: Path) -> list[Path]:
+    """All that may be complete checkpoints, the best first: what ``latest`` names, then by step, the highest first."""
+    pointer = folder / "latest"
+    named = pointer.read_text().strip() if pointer.exists() else ""
+    found = [path for path in folder.glob("step-*") if path.suffix != TEMPORARY]
+    return sorted(found, key=lambda path: (path.name == named, path.name), reverse=True)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -104,28 +189,14 @@ class Checkpoint:
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
         """Read the manifest and check the files' sizes. ``UserError`` for anything missing, cut or foreign."""
-        file = path / "manifest.json"
-        try:
-            manifest = json.loads(file.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{path}: no manifest.json; this is not a complete checkpoint") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: cannot be read: {error}; use an earlier checkpoint") from None
-        if not isinstance(manifest, dict):
-            raise UserError(f"{file}: is no checkpoint's manifest; use an earlier checkpoint")
-        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-            raise UserError(
-                f"{file}: format {manifest.get('format')!r} version {manifest.get('version')!r}; "
-                f"this program reads {FORMAT!r} version {VERSION}; read it with the program that wrote it"
-            )
-        if not MANIFEST_KEYS <= manifest.keys():
-            missing = ", ".join(sorted(MANIFEST_KEYS - manifest.keys()))
-            raise UserError(f"{file}: is no checkpoint's manifest, it lacks {missing}; use an earlier checkpoint")
+        manifest = _read_manifest(path / "manifest.json")
         for name, expected in manifest["files"].items():
             size = (path / name).stat().st_size if (path / name).exists() else None
             if size != expected["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise UserError(f"{path / name}: {found}, {expected['bytes']} expected; use an earlier checkpoint")
+                raise DamagedCheckpoint(
+                    f"{path / name}: {found}, {expected['bytes']} expected; use an earlier checkpoint"
+                )
         return cls(path, manifest)
 
     def require_model(self, model_config: dict[str, Any]) -> None:
@@ -146,7 +217,13 @@ class Checkpoint:
         """Compare checksums of ``names`` (default: all files). ``UserError`` for a file that has changed."""
         for name in names if names is not None else self.manifest["files"]:
             if sha256(self.path / name) != self.manifest["files"][name]["sha256"]:
-                raise UserError(f"{self.path / name}: damaged, its checksum is wrong; use an earlier checkpoint")
+                raise DamagedCheckpoint(
+                    f"{self.path / name}: damaged, its checksum is wrong; use an earlier checkpoint"
+                )
+
+    def verify_share(self, grid: ProcessGrid) -> None:
+        """``verify`` of this rank's share of the files: each is read once, however many ranks need a part of it."""
+        self.verify(sorted(self.manifest["files"])[grid.rank :: grid.world_size])
 
     def read(self, name: str, kind: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> torch.Tensor:
         """Elements [start, stop) of ``columns`` (default: all) of the logical tensor ``name``: fp32 (stop - start,).
@@ -172,12 +249,11 @@ class Checkpoint:
         """The files that hold any part of ``wanted``. ``UserError`` where some part is in none, or in two."""
         return sorted(find_pieces(self.path, self.manifest["tensors"], wanted))
 
-    def load_into(self, engine: Engine) -> None:
+    def load_into(self, engine: Engine, *, verified: bool = False) -> None:
         """Give the engine the checkpoint's weights and optimizer states (zeros where it has no moments).
 
-        Each rank reads its own part.
-
-        Every rank calls it. Raises ``UserError`` on all of them where one finds its part damaged or of other shapes.
+        Each rank reads its own part; every rank calls it. ``verified``: checksums have been compared already. Raises
+        ``UserError`` on all ranks where one finds its part damaged or of other shapes.
         """
         held = list(fragments(engine))
         with fail_together(engine.grid, UserError, OSError):
@@ -185,8 +261,8 @@ class Checkpoint:
                 saved = self.manifest["tensors"].get(fragment.name, {}).get("shape")
                 if saved != (shape := list(fragment.shape)):
                     raise UserError(f"{self.path}: {fragment.name} has shape {saved} there and {shape} in this model")
-            # The ranks share the files out: each is read once for this, however many ranks need a part of it.
-            self.verify(sorted(self.manifest["files"])[engine.grid.rank :: engine.grid.world_size])
+            if not verified:
+                self.verify_share(engine.grid)
             if self.has_moments:
                 self.read_into(held)
             else:
@@ -197,8 +273,10 @@ class Checkpoint:
         fragments_changed(engine, self.manifest["optimizer_steps"])
 
 
-def _remove_old(folder: Path, keep: int) -> None:
+def _remove_old(folder: Path, keep: int, keep_every: int | None) -> None:
     # By age, not by step: who has gone back to an earlier step by hand has later steps lying there.
-    complete = [path for path in folder.glob("step-*") if path.suffix != ".tmp"]
-    for old in sorted(complete, key=lambda path: path.stat().st_mtime_ns)[:-keep]:
-        shutil.rmtree(old)
+    complete = [path for path in folder.glob("step-????????") if path.is_dir()]
+    old = sorted(complete, key=lambda path: path.stat().st_mtime_ns)[:-keep]
+    gone = [path for path in old if not keep_every or int(path.name.removeprefix("step-")) % keep_every]
+    for path in [*gone, *folder.glob(f"step-*{TEMPORARY}"), *folder.glob(f"step-*{REPLACED}")]:
+        shutil.rmtree(path, ignore_errors=True)  # what is left of it is taken for damaged, and tried again

@@ -56,14 +56,20 @@ class StopRequest:
 
 
 @contextmanager
-def fail_together(grid: ProcessGrid, *kinds: type[Exception], patience: timedelta | None = None) -> Iterator[None]:
+def fail_together(
+    grid: ProcessGrid,
+    *kinds: type[Exception],
+    patience: timedelta | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Iterator[None]:
     """Where the body raises one of ``kinds`` (default: ``UserError``) on one rank, all ranks raise the first kind.
 
-    Every rank enters it, and the body holds no collective. Leaving it is a barrier, which waits for ``patience``
-    instead of the process group's time-out.
+    Every rank enters it, and the body holds no collective. Leaving it is a barrier, in ``group`` (default: all ranks'
+    own), which waits for ``patience`` instead of the process group's time-out.
     """
-    kinds = kinds or (UserError,)
-    group = dist.new_group(backend="gloo", timeout=patience) if patience and grid.world_size > 1 else None
+    kinds, borrowed = kinds or (UserError,), group
+    if patience and grid.world_size > 1:
+        group = dist.new_group(backend="gloo", timeout=patience)
     error = None
     try:
         yield
@@ -71,13 +77,20 @@ def fail_together(grid: ProcessGrid, *kinds: type[Exception], patience: timedelt
         error = exception
     messages: list[str | None] = [None] * grid.world_size
     dist.all_gather_object(messages, None if error is None else str(error) or type(error).__name__, group=group)
-    if group is not None:
+    if group is not borrowed:
         dist.destroy_process_group(group)
     if error is not None:
         raise error
     for rank, message in enumerate(messages):
         if message is not None:
             raise kinds[0](f"rank {rank}: {message}")
+
+
+def from_all(grid: ProcessGrid, value: T) -> list[T]:
+    """Every rank's ``value``, in their order. Every rank calls it."""
+    values: list[T | None] = [None] * grid.world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def from_main(grid: ProcessGrid, read: Callable[[], T]) -> T:

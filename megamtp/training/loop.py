@@ -1,6 +1,5 @@
 """The training run, plain code from top to bottom: data, model, engine, resume, steps, evaluation, checkpoints."""
 
-import math
 import signal
 import time
 from contextlib import closing, nullcontext
@@ -9,22 +8,22 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from megamtp.config import dump
 from megamtp.data.datasets import ALL, Data, DataConfig, Share, describe_data, open_data
 from megamtp.data.loader import Batch, Loader, dead_workers_told, validation_batches, validation_rounds
 from megamtp.engine.build import build_engine
 from megamtp.engine.engine import Engine, ModelInputs
-from megamtp.errors import UserError
+from megamtp.errors import RunFailure, UserError
 from megamtp.files import write_atomic
-from megamtp.model.cost import train_flops_per_token
 from megamtp.parallel.groups import ProcessGrid
-from megamtp.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from megamtp.training.device import device_peak
 from megamtp.training.faults import LONG, StopRequest, fail_together, from_main
-from megamtp.training.metrics import HeadMetrics, MetricsWriter, peak_memory_gib, reduce_heads
+from megamtp.training.metrics import HeadMetrics, reduce_heads
+from megamtp.training.recovery import newest_whole
 from megamtp.training.run_config import RunConfig
+from megamtp.training.run_log import RunLog
+from megamtp.training.run_state import RunState
+from megamtp.training.saver import Saver
 from megamtp.training.schedule import learning_rate
 
 
@@ -112,7 +111,8 @@ def evaluate_sets(
 def train(config: RunConfig, grid: ProcessGrid) -> int:
     """Run or resume ``config`` to its end. Returns 0, or 128 + the signal that asked for a stop after a save.
 
-    Every rank calls it. Raises ``UserError`` for input that does not fit, before anything is computed.
+    Every rank calls it. Raises ``UserError`` for input that does not fit, before anything is computed, and
+    ``RunFailure`` where the last save could not be written or going back has not helped.
     """
     run_dir, training = Path(config.run_dir), config.training
     # A rank that is still on its way must not lose its neighbours; checksums and packing may take it hours.
@@ -120,9 +120,8 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
     with fail_together(grid, UserError, OSError, patience=LONG if is_long else None):
         loader, data = open_loader(config, grid) if config.parallel.reads_data(grid.pp_rank) else (None, None)
     validation_samples = from_main(grid, lambda: {name: s.samples_per_epoch for name, s in data.validation.items()})
-    latest = from_main(grid, lambda: latest_checkpoint(run_dir / "checkpoints"))
+    checkpoint, damaged = newest_whole(run_dir / "checkpoints", grid)
     with fail_together(grid):
-        checkpoint = Checkpoint.open(latest) if latest else None
         if checkpoint:
             checkpoint.require_model(asdict(config.model))
             # Weights that were imported come without a place in the data.
@@ -132,108 +131,106 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
         print(describe_data(data, training.steps * training.global_batch_size), flush=True)
 
     engine = engine_of_run(config, grid, seed=None if checkpoint else training.seed)
-    step, counters = 0, {"tokens": 0, "skipped_steps": 0}
+    state = RunState(config, engine)
     if checkpoint:
-        checkpoint.load_into(engine)
-        step, counters = checkpoint.manifest["step"], checkpoint.manifest["state"]["counters"]
-
-    metrics = None
+        checkpoint.load_into(engine, verified=True)
+        state.load(checkpoint)
+    last_step = min(training.steps, training.stop_after or training.steps)
+    log = None
     with fail_together(grid, UserError, OSError):
         if grid.is_main:
             write_atomic(run_dir / "config.yaml", dump(config).encode())
-            metrics = MetricsWriter(run_dir, step)
-    if grid.is_main and checkpoint:
-        print(f"going on from {checkpoint.path} (step {step} of {training.steps})", flush=True)
-    last_step = min(training.steps, training.stop_after or training.steps)
+            log = RunLog(run_dir, config, grid, state.step)
+    if log:
+        log.started(checkpoint, damaged, is_over=state.step >= last_step)
+    saver = Saver(
+        run_dir / "checkpoints",
+        engine,
+        keep=training.keep_checkpoints,
+        keep_every=training.keep_every,
+        background=training.background_save,
+    )
     micro_batches = config.micro_batches(grid.world_size)
-    tokens_per_step = training.global_batch_size * config.data.seq_len
-    flops_per_step = tokens_per_step * train_flops_per_token(config.model, config.data.seq_len)
-    peak = device_peak(config, grid.device)
 
     def save() -> None:
-        state = {"loader": loader and loader.state_dict(), "counters": counters}  # that of the main rank is written
-        save_checkpoint(
-            run_dir / "checkpoints",
-            engine,
-            step=step,
-            model_config=asdict(config.model),
-            state=state,
-            keep=training.keep_checkpoints,
+        position = loader and loader.state_dict()  # that of the main rank is written
+        before = saver.save(
+            step=state.step, model_config=asdict(config.model), state={"loader": position, **state.state_dict()}
         )
+        if log:
+            log.saved(before)
 
     def evaluate() -> None:
         sets, heads = evaluate_sets(config, grid, engine, data, validation_samples)
-        if metrics and sets:
-            of_sets = {name: of_set._asdict() for name, of_set in sets.items()}
-            metrics.write(
-                {
-                    "step": step,
-                    "validation_loss_per_head": heads.losses,
-                    "validation_accuracy_per_head": heads.accuracies,
-                    "validation_targets": heads.targets,
-                    **({"validation_sets": of_sets} if len(sets) > 1 else {}),
-                }
-            )
-            bar.write(f"step {step}: validation loss per head {_numbers(heads.losses)}")
-            for name, of_set in sets.items() if len(sets) > 1 else ():
-                bar.write(f"  {name}: {_numbers(of_set.losses)}")
+        if log and sets:
+            log.evaluated(state.step, sets, heads)
 
-    bar = tqdm(total=training.steps, initial=step, unit="step", disable=not grid.is_main, dynamic_ncols=True)
     stop_signal = None
     ending = closing(loader) if loader else nullcontext()
-    with StopRequest() as stop, bar, ending, dead_workers_told():
-        while step < last_step and stop_signal is None:
+    with StopRequest() as stop, log or nullcontext(), ending, dead_workers_told():
+        while state.step < last_step and stop_signal is None:
             started = time.perf_counter()
             batches = loader.next_step() if loader else [None] * micro_batches
-            lr = learning_rate(step, training.steps, config.optimizer.lr, config.schedule)
+            waited = time.perf_counter() - started
+            lr = learning_rate(state.step, training.steps, config.optimizer.lr, config.schedule)
             result = engine.train_step(batches, lr)
             heads = reduce_heads(result.sums, result.counts, result.correct, grid)
             seconds = time.perf_counter() - started
-            step += 1
-            counters["tokens"] += tokens_per_step
-            counters["skipped_steps"] += result.skipped
-            weights = config.heads.loss_weights or [1.0] * len(heads.losses)
-            loss = sum(weight * head for weight, head in zip(weights, heads.losses, strict=True))
-            if metrics:
-                tflops = flops_per_step / seconds / 1e12
-                metrics.write(
-                    {
-                        "step": step,
-                        "tokens": counters["tokens"],
-                        "loss": loss,
-                        "loss_per_head": heads.losses,
-                        "accuracy_per_head": heads.accuracies,
-                        "lr": lr,
-                        "grad_norm": result.grad_norm,
-                        "skipped_steps": counters["skipped_steps"],
-                        "tokens_per_s": tokens_per_step / seconds,
-                        "tflops": tflops,
-                        "mfu": tflops / (peak * grid.world_size) if peak else None,
-                        "memory_gib": peak_memory_gib(grid.device),
-                        "epoch": max(loader.epochs.values()),
-                        **({"epoch_per_source": loader.epochs} if len(loader.epochs) > 1 else {}),
-                    }
-                )
-                bar.set_postfix_str(f"loss {_numbers(heads.losses)}, {tokens_per_step / seconds:,.0f} tokens/s")
-                if result.skipped:
-                    bar.write(f"step {step}: gradient norm {result.grad_norm}: step skipped on all ranks")
-            bar.update()
+            state.count(result.skipped)
+            if log:
+                log.trained(state, heads, result, lr, seconds, waited, loader.epochs)
+                log.saved(saver.finished())
+            if state.guard.gives_up:
+                go_back(config, grid, engine, saver, state, log)
+                save()
+                continue
             stop_signal = stop.agreed(grid)
-            at_end = step == last_step
-            is_due = bool(training.eval_every) and step % training.eval_every == 0
+            at_end = state.step == last_step
+            is_due = bool(training.eval_every) and state.step % training.eval_every == 0
             if at_end or is_due and not stop_signal:
                 evaluate()
-            if training.checkpoint_every and step % training.checkpoint_every == 0 or at_end or stop_signal:
+            if training.checkpoint_every and state.step % training.checkpoint_every == 0 or at_end or stop_signal:
                 save()
-    if metrics:
-        metrics.close()
-    if stop_signal and step < training.steps:
+        saved = saver.wait()
+        if log:
+            log.saved(saved)
+            log.stopped(state.step, stop_signal)
+    if saved and saved.error:
+        raise RunFailure(
+            f"the last checkpoint was not written: {saved.error}; mend that, and run the same command again"
+        )
+    if stop_signal and state.step < training.steps:
         if grid.is_main:
             name = signal.Signals(stop_signal).name
-            print(f"stopped by {name} after step {step}, checkpoint saved; the same command goes on from here")
+            print(f"stopped by {name} after step {state.step}, checkpoint saved; the same command goes on from here")
         return 128 + stop_signal
     return 0
 
 
-def _numbers(values: list[float]) -> str:
-    return " ".join("  -  " if math.isnan(value) else f"{value:.3f}" for value in values)
+def go_back(
+    config: RunConfig, grid: ProcessGrid, engine: Engine, saver: Saver, state: RunState, log: RunLog | None
+) -> None:
+    """Weights, moments and step of the last whole checkpoint; the data stays where it is, behind what went wrong.
+
+    Raises ``RunFailure`` where there is no checkpoint, or it has gone back to this one too often already.
+    """
+    saved = saver.wait()
+    if log:
+        log.saved(saved)
+    checkpoint, damaged = newest_whole(Path(config.run_dir) / "checkpoints", grid)
+    skipped = state.guard.skipped_in_a_row
+    if checkpoint is None:
+        raise RunFailure(
+            f"{skipped} steps in a row were skipped before the first checkpoint; lower optimizer.lr, lengthen "
+            "schedule.warmup_steps, or look at the data"
+        )
+    before = state.step
+    checkpoint.load_into(engine, verified=True)
+    state.go_back(checkpoint)
+    if state.counters["rollbacks_to_this_step"] > config.guard.max_rollbacks:
+        raise RunFailure(
+            f"{skipped} steps in a row were skipped, and going back to step {state.step} has not helped "
+            f"{config.guard.max_rollbacks} times; lower optimizer.lr, or look at the data"
+        )
+    if log:
+        log.rolled_back(before, state.step, skipped, damaged)

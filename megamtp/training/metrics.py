@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +75,11 @@ class MetricsWriter:
         self._file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
         for tag, number in _scalars("", {key: value for key, value in record.items() if key != "step"}):
             self._board.add_scalar(tag, number, record["step"])
+
+    def event(self, step: int, name: str, **values: Any) -> None:
+        """Something that has happened after ``step``; a line of its own, not in TensorBoard."""
+        record = {"step": step, "time": time.time(), "event": name, **values}
+        self._file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
 
     def close(self) -> None:
         self._file.close()

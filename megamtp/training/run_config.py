@@ -15,6 +15,7 @@ from megamtp.model.transformer import ModelConfig
 from megamtp.ops.choice import OpsConfig
 from megamtp.parallel.groups import ParallelConfig
 from megamtp.parallel.tensor import split_range
+from megamtp.training.guard import GuardConfig
 from megamtp.training.schedule import ScheduleConfig
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -33,6 +34,10 @@ class TrainingConfig:
     eval_samples: PositiveInt | None = option(None, "validation samples per evaluation; null = all")
     checkpoint_every: PositiveInt | None = option(None, "steps between checkpoints; null = only at the end")
     keep_checkpoints: PositiveInt = option(2, "newest checkpoints that are kept")
+    keep_every: PositiveInt | None = option(None, "checkpoints of every so many steps are kept for good; null = none")
+    background_save: bool = option(
+        True, "save from a copy in host memory (12 bytes a parameter, shared out over the ranks) while training goes on"
+    )
     stop_after: PositiveInt | None = option(None, "save and stop at this step, without changing the schedule")
     peak_tflops: Annotated[float, Field(gt=0)] | None = option(
         None, "of one device, for MFU; null = of a GPU known by name, or measured on one that is not"
@@ -52,6 +57,7 @@ class RunConfig:
     schedule: ScheduleConfig = option(ScheduleConfig, "learning rate")
     parallel: ParallelConfig = option(ParallelConfig, "layout")
     training: TrainingConfig = option(REQUIRED, "length, precision, evaluation, checkpoints")
+    guard: GuardConfig = option(GuardConfig, "steps that are skipped, and going back")
 
     def __post_init__(self):
         weights, n = self.heads.loss_weights, self.model.n_future_tokens

@@ -12,7 +12,7 @@ from megamtp.config import dump
 from megamtp.engine.fragments import Fragment
 from megamtp.model.model import logical_parameters
 from megamtp.model.transformer import ModelConfig
-from megamtp.training.checkpoint import make_manifest
+from megamtp.training.checkpoint import make_manifest, write_manifest
 from megamtp.training.pieces import write_pieces
 from tests.model.llama import random_model, small_config
 from tests.training.tiny import run_config, write_corpus
@@ -44,7 +44,7 @@ def write_run(run_dir: Path, config: ModelConfig, parameters: dict[str, Tensor],
     entries = [write_pieces(folder / f"rank-{r:05d}.safetensors", fragments) for r, fragments in enumerate(held)]
     state = {"loader": None, "counters": {"tokens": 256, "skipped_steps": 0}}
     manifest = make_manifest(entries, step=step, optimizer_steps=step, model=vars(config), state=state)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     (run_dir / "checkpoints" / "latest").write_text(folder.name)
     (run_dir / "config.yaml").write_text(dump(run))
     line = {"step": step, "validation_loss_per_head": [2.5] * config.n_future_tokens}

@@ -17,6 +17,7 @@ from megamtp.convert.export import export
 from megamtp.convert.import_run import import_run
 from megamtp.convert.safetensors_file import map_tensors
 from megamtp.errors import RunFailure, UserError
+from megamtp.training.checkpoint import write_manifest
 from tests.convert.models import config_of_run, foreign_llama, parameters_of, write_run
 from tools.convert_checkpoint import main
 
@@ -112,7 +113,7 @@ def test_moments_are_neither_read_nor_checked(run_dir, tmp_path, capsys):
 
     for entry in manifest["files"].values():
         del entry["weights"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     assert "damaged" in refused(capsys, "export", damaged, tmp_path / "again")
 
 

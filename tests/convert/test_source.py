@@ -14,6 +14,7 @@ from megamtp.convert.formats import META
 from megamtp.convert.huggingface import from_llama_state_dict
 from megamtp.convert.source import open_source
 from megamtp.errors import UserError
+from megamtp.training.checkpoint import write_manifest
 from tests.convert.models import config_of_run, foreign_llama, parameters_of, stripped, write_run
 
 
@@ -196,12 +197,12 @@ def test_checkpoints_that_are_not_whole(tmp_path, config, parameters):
     lost = json.loads(json.dumps(manifest))
     name = next(name for name, tensor in manifest["tensors"].items() if len(tensor["pieces"]) > 1)
     del lost["tensors"][name]["pieces"][-1]
-    (folder / "manifest.json").write_text(json.dumps(lost))
+    write_manifest(folder, lost)
     assert "not wholly there" in refusal(run_dir)
     del lost["tensors"][name]
-    (folder / "manifest.json").write_text(json.dumps(lost))
+    write_manifest(folder, lost)
     assert f"{name} is missing" in refusal(run_dir)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     file = folder / "rank-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert f"{file}: has" in refusal(run_dir)

@@ -135,7 +135,7 @@ def engine_training(grid, case: Case) -> list[Step]:
         counts = grid.sum_over_ranks(result.counts.clone())
         losses = grid.sum_over_ranks(result.sums.clone()) / counts
         module = {name: p.detach().clone() for name, p in logical_parameters(engine.module)}
-        steps.append(Step(losses, counts, result.grad_norm, result.skipped, whole_state(engine, grid), module))
+        steps.append(Step(losses, counts, result.grad_norm, bool(result.skipped), whole_state(engine, grid), module))
     return steps
 
 

@@ -10,7 +10,7 @@ import pytest
 from megamtp.training import faults
 from megamtp.training.faults import STOP_SIGNALS, StopRequest
 from tests.distributed import run_rank, run_ranks, start_ranks
-from tests.training.tiny import exact, newest, run_config, run_training, step_lines
+from tests.training.tiny import events, exact, newest, run_config, run_training, step_lines
 
 CHANGES = {"training.steps": 8, "parallel.zero_stage": 1}
 STRIKE = 3  # the step during which it happens
@@ -228,7 +228,9 @@ def test_a_non_finite_step_is_skipped_counted_and_training_goes_on(corpus, tmp_p
     manifest = newest(tmp_path).manifest
     assert manifest["state"]["counters"]["skipped_steps"] == 1
     assert (manifest["step"], manifest["optimizer_steps"]) == (8, 7)
-    assert f"step {STRIKE}: gradient norm" in outcomes[0].stdout + outcomes[0].stderr
+    assert f"step {STRIKE}: non-finite (loss " in outcomes[0].stdout + outcomes[0].stderr
+    [event] = events(tmp_path, "skipped")
+    assert (event["step"], event["reason"], event["grad_norm"]) == (STRIKE, "non-finite", None)
 
 
 def _poisoned_main(config, step: int) -> int:

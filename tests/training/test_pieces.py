@@ -1,6 +1,5 @@
 """Any layout reads what any other has written: held to NumPy's indexing, over random layouts."""
 
-import json
 import random
 from collections import Counter
 from itertools import pairwise
@@ -15,7 +14,7 @@ from safetensors import safe_open
 from megamtp.engine.fragments import Fragment
 from megamtp.errors import UserError
 from megamtp.training import pieces as pieces_module
-from megamtp.training.checkpoint import Checkpoint, make_manifest
+from megamtp.training.checkpoint import Checkpoint, make_manifest, write_manifest
 from megamtp.training.pieces import write_pieces
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -102,7 +101,7 @@ def save(folder: Path, tensors: Tensors, ranks: list[list[Share]]) -> Checkpoint
         held = [as_fragment(share, tensors, filled=True) for share in shares]
         entries.append(write_pieces(folder / f"rank-{rank:05d}.safetensors", held))
     manifest = make_manifest(entries, step=1, optimizer_steps=1, model={}, state={})
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     return Checkpoint.open(folder)
 
 

@@ -71,7 +71,11 @@ def lines(run_dir: Path | str) -> list[dict[str, Any]]:
 
 
 def step_lines(run_dir: Path | str) -> list[dict[str, Any]]:
-    return [line for line in lines(run_dir) if "loss" in line]
+    return [line for line in lines(run_dir) if "loss" in line and "event" not in line]
+
+
+def events(run_dir: Path | str, name: str) -> list[dict[str, Any]]:
+    return [line for line in lines(run_dir) if line.get("event") == name]
 
 
 def validation_lines(run_dir: Path | str) -> list[dict[str, Any]]:
