@@ -19,7 +19,10 @@ SEQ_LEN, MICRO_BATCH, MICRO_BATCHES = 256, 2, 4
 
 
 def peak_and_estimate(parallel: ParallelConfig, precision: str = "fp32", recompute: str = "none") -> tuple[int, int]:
-    """Bytes at the peak of a step, gradients' buckets included; and the estimate. In a process of its own."""
+    """Bytes at the peak of a step, and the estimate; both without the buckets, which would hide an error.
+
+    Call it in a process of its own.
+    """
     os.environ["KINETO_LOG_LEVEL"] = "99"
     sys.path.append(BENCHMARKS)
     import heads_memory
@@ -47,7 +50,7 @@ def peak_and_estimate(parallel: ParallelConfig, precision: str = "fp32", recompu
     )
     pp_rank = dist.get_rank() // (parallel.tensor * dp_size)
     estimate = next(stage.rank_memory for stage in stages if stage.rank == pp_rank)
-    return memory.peak + memory.buckets, estimate.total
+    return memory.peak, estimate.total - memory.buckets
 
 
 def _free_messages_on_this_thread() -> None:
