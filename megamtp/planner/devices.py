@@ -111,6 +111,8 @@ def device_by_name(name: str) -> Device | None:
     Of GPUs that come with several sizes of memory it is the largest that the name does not contradict.
     """
     words = name.lower().replace("-", " ").split()
+    if {"pcie", "nvl", "mig"} & set(words):  # slower parts of the same name
+        return None
     for known in sorted((name for name, device in DEVICES.items() if device.memory_gb), reverse=True):
         model, _, size = known.partition("-")
         sizes = [word for word in words if word.endswith("gb") and word[:-2].isdigit()]
