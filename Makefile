@@ -25,6 +25,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/pipeline_balance.py
 	$(BIN)/python benchmarks/heads_memory.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/convert.py
 	[ ! -d runs/demo ] || $(BIN)/python benchmarks/decode.py runs/demo --text data/demo/validation.jsonl
 

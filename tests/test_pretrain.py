@@ -109,6 +109,9 @@ def test_overrides_change_the_run_and_are_written_down(config_file, tmp_path):
     assert written.heads.loss_weights == [1.0, 1.0, 0.5, 0.5]
     assert newest(tmp_path / "other").manifest["model"]["dim"] == 48
     assert not (tmp_path / "run").exists()
+    # What to expect is said before the first step; of a CPU there is no time.
+    (estimate,) = re.findall(r"^estimate: .*", outcome.stdout, flags=re.M)
+    assert estimate.endswith("TFLOP a step") and "GiB on the fullest rank" in estimate
 
 
 def test_two_ranks_under_torchrun(config_file, corpus, tmp_path):

@@ -3,27 +3,31 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megamtp.engine.engine import BUCKET
 from megamtp.model.cost import kv_width, layer_parameters, share, table_parameters
 from megamtp.model.heads import HeadsConfig
 from megamtp.model.transformer import ModelConfig
+from megamtp.planner.traffic import LIVE_VALUES
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank, by purpose.
+    """Bytes on one rank, by purpose: the tensors at the peak of a training step.
 
-    Allocator slack, libraries, buffers of collectives and the layers that ZeRO-3 gathers are not in it.
+    What else a device needs, libraries and what the allocator cannot use, is in ``DeviceMemory``.
     """
 
     weights: int
     gradients: int
     optimizer: int
-    activations: int
+    activations: int  # kept for backward passes
+    temporaries: int  # of the block whose backward pass runs
     loss_buffers: int
+    communication: int  # what the pipeline holds, ZeRO's buckets, the layers that ZeRO-3 gathers
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.loss_buffers
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -85,17 +89,19 @@ def estimate_memory(
     # One block at a time: the one that is computed again, or (sequential) the one head that runs.
     whole_block = block_activation_values(config, "none", tensor, sequence_parallel)
     at_a_time = whole_block if recompute == "full" else whole_block - kept
+    between, ffn = _between_layers(config, tensor, sequence_parallel), share(config.hidden_dim, tensor)
 
     loss_buffers = 0
     if holds_heads:
-        final_norm = 2 * _between_layers(config, tensor, sequence_parallel)  # its input, and that normalised
+        final_norm = 2 * between  # its input, and that normalised
         if mode == "sequential":
-            at_a_time = whole_block + final_norm
+            # And the head's output, its gradient, and that of the trunk's output, summed.
+            at_a_time = whole_block + final_norm + 3 * between
         else:
             # joint: and the heads' hidden states side by side, and their gradients.
             hidden = 2 * config.dim if mode == "joint" else 0
             values += config.n_future_tokens * (kept + final_norm + hidden)
-        loss_buffers = _logit_bytes(config, heads, mode, tokens, width, tensor)
+        loss_buffers = _loss_bytes(config, heads, mode, tokens, width, tensor)
         table = table_parameters(config, tensor)
         # Sequential heads add to the accumulated gradients themselves where these are whole tensors on the device.
         if not (mode == "sequential" and zero_stage <= 1 and not offload_optimizer):
@@ -104,7 +110,18 @@ def estimate_memory(
             # Stored from the heads' forward pass to backward, beside those of earlier micro-batches (or ZeRO's share).
             if micro_batches > 1 or zero_stage >= 2:
                 gradients += width * {"sequential": layers[-1], "joint": table, "naive": 0}[mode]
-    return MemoryEstimate(weights, gradients, optimizer, tokens * (values + at_a_time) * width, loss_buffers)
+    return MemoryEstimate(
+        weights,
+        gradients,
+        optimizer,
+        activations=tokens * (values + at_a_time) * width,
+        # Where the feed-forward is multiplied: gradients of gate and up beside all that was kept, that of the block's
+        # output, and a weight's gradient before it is added to the others.
+        temporaries=width * (tokens * (2 * ffn + between) + config.dim * ffn),
+        loss_buffers=loss_buffers,
+        communication=tokens * between * width * _pipeline_messages(config, held)
+        + _zero_buffers(zero_stage, precision, width, count),
+    )
 
 
 def block_activation_values(
@@ -112,16 +129,35 @@ def block_activation_values(
 ) -> int:
     """Values per token that one of ``tensor`` ranks keeps of one block for its backward pass.
 
-    Held between layers, whole or a slice of the sequence: norm inputs and outputs and both residual sums (6 dim).
-    Split: q, k before and after rotary, v, the attention's output, and gate, silu(gate), up and their product.
-    Full recomputation keeps the block's input alone; selective all but what lies between the attention's input and
-    output. The scores, which fused attention never writes, are counted nowhere.
+    Held between layers, whole or a slice of the sequence: the norms' inputs, outputs and what lies between (6 dim; a
+    fused norm keeps 4). Split: q and k after rotary, v, the attention's output, and gate, silu(gate), up and their
+    product. Full recomputation keeps the block's input alone; selective all but what lies between the attention's
+    input and output. The scores, which fused attention never writes, are counted nowhere.
     """
     between = _between_layers(config, tensor, sequence_parallel)
     if recompute == "full":
         return between
-    attention = 0 if recompute == "selective" else 3 * share(config.dim, tensor) + 3 * kv_width(config, tensor)
+    attention = 0 if recompute == "selective" else 2 * share(config.dim, tensor) + 2 * kv_width(config, tensor)
     return 6 * between + attention + 4 * share(config.hidden_dim, tensor)
+
+
+def _pipeline_messages(config: ModelConfig, held: Sequence[HeldLayers]) -> int:
+    """Hidden states that a pipeline rank holds beside its layers' own: each output until its backward pass, gradients.
+
+    Nothing where the layers are all held: there is no pipeline.
+    """
+    if sum(part.end - part.begin for part in held) == config.n_trunk_layers + 2:
+        return 0
+    return sum(part.in_flight + 1 for part in held)
+
+
+def _zero_buffers(zero_stage: int, precision: str, width: int, count: int) -> int:
+    """Bytes of the buckets in which gradients travel and, under ZeRO-3, of ``count`` weights that are gathered."""
+    if zero_stage == 0 or (zero_stage == 1 and precision == "bf16"):  # it sends them after the backward passes
+        return 0
+    if zero_stage < 3:
+        return width * BUCKET
+    return 4 * BUCKET + width * min(count, LIVE_VALUES)
 
 
 def _between_layers(config: ModelConfig, tensor: int, sequence_parallel: bool) -> int:
@@ -132,9 +168,13 @@ def _trunk_blocks(config: ModelConfig, part: HeldLayers) -> int:
     return max(0, min(part.end, config.n_trunk_layers + 1) - max(part.begin, 1))
 
 
-def _logit_bytes(config: ModelConfig, heads: HeadsConfig, mode: str, tokens: int, width: int, tensor: int) -> int:
-    """fp32 logits (and their copy in the GEMM's dtype); naive keeps logits, log-softmax and their gradient."""
+def _loss_bytes(config: ModelConfig, heads: HeadsConfig, mode: str, tokens: int, width: int, tensor: int) -> int:
+    """A chunk's fp32 logits; in bf16 their copy in the GEMM's dtype, too, and its part of the unembedding's gradient.
+
+    naive keeps logits, log-softmax and their gradient.
+    """
     rows = min(config.vocab_size, share(config.padded_vocab_size, tensor))
     if mode == "naive":
         return tokens * config.n_future_tokens * rows * 12
-    return min(tokens, heads.chunk) * rows * (4 + (2 if width == 2 else 0))
+    chunk = min(tokens, heads.chunk)
+    return 4 * chunk * rows + (2 * (chunk + config.dim) * rows if width == 2 else 0)

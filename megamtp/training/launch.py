@@ -11,7 +11,8 @@ from megamtp.host_memory import keep_freed_memory
 from megamtp.model.cost import parameters, train_flops_per_token
 from megamtp.model.model import MultiTokenModel
 from megamtp.parallel.environment import launch_environment
-from megamtp.planner.stages import Stage, plan_stages, stage_table
+from megamtp.planner.estimate import estimate_run, stages_and_traffic
+from megamtp.planner.stages import stage_table
 from megamtp.training.device import check_kernels, choose_chunk, choose_kernels, grow_segments
 from megamtp.training.loop import open_run_data, train
 from megamtp.training.run_config import RunConfig
@@ -25,7 +26,7 @@ def pretrain(config: RunConfig, dry_run: bool = False) -> int:
     config, kernels = choose_kernels(config)
     if torch.cuda.is_available():
         gpu_bytes = torch.cuda.get_device_properties(0).total_memory
-        config = choose_chunk(config, _stages(config, world_size, micro_batches), gpu_bytes)
+        config = choose_chunk(config, stages_and_traffic(config, world_size)[0], gpu_bytes)
     if dry_run:
         data = open_run_data(config)
         with torch.device("meta"):
@@ -36,11 +37,13 @@ def pretrain(config: RunConfig, dry_run: bool = False) -> int:
             print(kernels)
             print(describe_data(data, config.training.steps * config.training.global_batch_size))
         return 0
-    if rank == 0:
-        print(kernels, flush=True)
-    if rank == 0 and config.parallel.stages > 1:
-        print(stage_table(_stages(config, world_size, micro_batches)), flush=True)
     on_cpu = not torch.cuda.is_available()
+    if rank == 0:
+        print(kernels)
+        estimate = estimate_run(config, world_size, None if on_cpu else torch.cuda.get_device_name())
+        if config.parallel.stages > 1:
+            print(stage_table(estimate.stages))
+        print(estimate.summary(), flush=True)
     if on_cpu and rank == 0:
         print(keep_freed_memory(), file=sys.stderr)
     elif on_cpu:
@@ -59,8 +62,8 @@ def describe_run(config: RunConfig, world_size: int, micro_batches: int) -> str:
     """What ``--dry-run`` prints: the resolved config, parameters by part, FLOPs per token, layout, memory estimate."""
     count, layout = parameters(config.model), config.parallel
     parts = {name: value for name, value in asdict(count).items()} | {"total": count.total}
-    stages = _stages(config, world_size, micro_batches)
-    fullest = max(stages, key=lambda stage: stage.rank_memory.total).rank_memory
+    estimate = estimate_run(config, world_size)
+    fullest = estimate.memory.tensors
     flops = train_flops_per_token(config.model, config.data.seq_len)
     tokens = config.training.steps * config.training.global_batch_size * config.data.seq_len
     sizes = asdict(fullest) | {"total": fullest.total}
@@ -71,27 +74,13 @@ def describe_run(config: RunConfig, world_size: int, micro_batches: int) -> str:
             f"layout: {world_size} ranks = TP {layout.tensor} x PP {layout.pipeline} x "
             f"DP {layout.data_parallel(world_size)}; {micro_batches} micro-batches a step; "
             f"heads: {config.heads_of_layout.mode}",
-            *([stage_table(stages)] if layout.stages > 1 else []),
+            *([stage_table(estimate.stages)] if layout.stages > 1 else []),
             _table(
                 "memory estimate of one rank (the fullest), MiB", {k: f"{v / 2**20:,.1f}" for k, v in sizes.items()}
             ),
             f"training FLOPs per token: {flops:,.0f}",
             f"tokens of the whole run: {tokens:,}",
         ]
-    )
-
-
-def _stages(config: RunConfig, world_size: int, micro_batches: int) -> list[Stage]:
-    return plan_stages(
-        config.model,
-        config.heads,
-        config.parallel,
-        seq_len=config.data.seq_len,
-        micro_batch_size=config.training.micro_batch_size,
-        micro_batches=micro_batches,
-        precision=config.training.precision,
-        dp_size=config.parallel.data_parallel(world_size),
-        recompute=config.ops.recompute,
     )
 
 

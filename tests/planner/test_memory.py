@@ -63,6 +63,8 @@ def test_loss_buffers_are_the_workspace(chunk, precision):
     workspace = Workspace(B * S, weight, chunk)
     tensors = [value for value in vars(workspace).values() if isinstance(value, torch.Tensor)]
     size = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    if precision == "bf16":  # a product of the weight's shape is added to the fp32 gradient
+        size += 2 * config.vocab_size * config.dim
     assert estimate(config, precision=precision, zero_stage=1, chunk_tokens=chunk).loss_buffers == size
     # Under ZeRO-2 the unembedding's gradient is summed beside it.
     size += 4 * config.padded_vocab_size * config.dim if precision == "bf16" else 0
@@ -72,7 +74,7 @@ def test_loss_buffers_are_the_workspace(chunk, precision):
 
 @pytest.mark.parametrize("n_kv_heads", [None, 2, 1])
 def test_values_that_a_block_keeps(n_kv_heads):
-    """What autograd saves in fp32: never more than the estimate, and not much less."""
+    """What autograd saves in fp32: the estimate, and a hundredth more for angles and statistics."""
     model = build_model(wide_config(n_kv_heads=n_kv_heads), seed=0)
     z, inputs = model.trunk(micro_batch(model.config, b=B, s=S).tokens)
     z = z.detach().requires_grad_()
@@ -80,7 +82,7 @@ def test_values_that_a_block_keeps(n_kv_heads):
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
         out = model.layers[0](z, inputs)
     assert out.requires_grad
-    assert 0.85 <= saved.now() / (4 * B * S * block_activation_values(model.config)) <= 1
+    assert 1 <= saved.now() / (4 * B * S * block_activation_values(model.config)) <= 1.02
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -94,7 +96,7 @@ def test_activations_of_a_step(mode, recompute, n):
         expected -= 4 * B * S * 2 * n * config.dim
         expected -= 4 * B * S * block_activation_values(config) if recompute == "full" else 0
     # With full recomputation so little is kept that angles and statistics count, and that heads share their input.
-    assert (0.75 if recompute == "full" else 0.85) <= saved.peak / expected <= (1.1 if recompute == "full" else 1)
+    assert (0.75 if recompute == "full" else 0.85) <= saved.peak / expected <= (1.1 if recompute == "full" else 1.02)
 
 
 def test_more_heads_cost_sequential_nothing():
@@ -106,8 +108,20 @@ def test_more_heads_cost_sequential_nothing():
     assert estimate(many, "naive").loss_buffers == 4 * estimate(few, "naive").loss_buffers
 
 
+def test_zeros_buckets_and_gathered_weights_by_hand():
+    count, whole = 2744, [HeldLayers(0, 5)]
+    config = ModelConfig(**TINY, n_future_tokens=2)
+
+    def buffers(zero_stage, precision):
+        mode = "joint" if zero_stage == 3 else "sequential"
+        return estimate(config, mode, precision, zero_stage=zero_stage, dp_size=4, held=whole).communication
+
+    assert [buffers(stage, "fp32") for stage in range(4)] == [0, 2e8, 2e8, 2e8 + 4 * count]
+    assert [buffers(stage, "bf16") for stage in (1, 2, 3)] == [0, 1e8, 2e8 + 2 * count]
+
+
 def test_total():
-    memory = estimate(wide_config())
+    memory = estimate(wide_config(), zero_stage=2)
     assert memory.total == sum(dataclasses.asdict(memory).values()) and min(dataclasses.asdict(memory).values()) > 0
 
 
@@ -125,17 +139,20 @@ def tiny(**layout):
 
 
 def test_first_stage_by_hand():
-    # Per token and block: norms and residuals 6 * 4, attention 3 * 4 + 3 * 4, feed-forward 4 * 6: 72 values.
+    # Per token and block: norms 6 * 4, attention 2 * 4 + 2 * 4, feed-forward 4 * 6: 64 values.
+    # In a backward pass: gate's and up's gradients, the output's, and a matrix's. Three outputs wait, and a gradient.
     expected = {
         "weights": 2 * (64 + 288),
         "gradients": 4 * (64 + 288),
         "optimizer": 12 * (64 + 288) // 4,
-        "activations": 3 * 72 * 8 * 2,
+        "activations": 3 * 64 * 8 * 2,
+        "temporaries": ((2 * 6 + 4) * 8 + 8 * 6) * 2,
         "loss_buffers": 0,
+        "communication": (3 + 1) * 4 * 8 * 2,
     }
     assert tiny(held=[FIRST]) == expected
-    assert tiny(held=[FIRST], sequence_parallel=False)["activations"] == 3 * (72 + 24) * 8 * 2
-    assert tiny(held=[FIRST], recompute="full")["activations"] == (3 * 4 + 72) * 8 * 2
+    assert tiny(held=[FIRST], sequence_parallel=False)["activations"] == 3 * (64 + 24) * 8 * 2
+    assert tiny(held=[FIRST], recompute="full")["activations"] == (3 * 4 + 64) * 8 * 2
     # Offloaded, the optimizer needs each micro-batch's gradients in bf16, too.
     own = {"optimizer": 0, "gradients": (2 + 4) * (64 + 288)}
     assert tiny(held=[FIRST], offload_optimizer=True) == expected | own
@@ -146,12 +163,18 @@ def test_last_stage_by_hand():
         "weights": 2 * (288 + 648),
         "gradients": 4 * (288 + 648),
         "optimizer": 12 * (288 + 648) // 4,
-        "activations": (72 + 72 + 2 * 4) * 8 * 2,  # the block, one head and the final norm
-        "loss_buffers": 4 * 8 * (2 + 4),  # 4 tokens' logits over 8 rows
+        "activations": (64 + 64 + 2 * 4 + 3 * 4) * 8 * 2,  # a block, a head, the norm, two gradients
+        "temporaries": ((2 * 6 + 4) * 8 + 8 * 6) * 2,
+        "loss_buffers": 4 * 8 * (2 + 4) + 2 * 8 * 8,  # 4 tokens' logits over 8 rows, and a gradient of these
+        "communication": (1 + 1) * 4 * 8 * 2,
     }
     assert tiny(held=[LAST]) == expected
     # Offloaded, the heads' gradients wait beside those of earlier micro-batches, and the unembedding's is fp32 so long.
-    waiting = {"gradients": (2 + 4) * (288 + 648) + 2 * 648, "loss_buffers": 4 * 8 * (2 + 4) + 4 * 64, "optimizer": 0}
+    waiting = {
+        "gradients": (2 + 4) * (288 + 648) + 2 * 648,
+        "loss_buffers": 4 * 8 * (2 + 4) + 2 * 64 + 4 * 64,
+        "optimizer": 0,
+    }
     assert tiny(held=[LAST], offload_optimizer=True) == expected | waiting
     alone = tiny(held=[LAST], offload_optimizer=True, micro_batches=1)
     assert alone == expected | waiting | {"gradients": (2 + 4) * (288 + 648)}
@@ -160,12 +183,14 @@ def test_last_stage_by_hand():
 def test_joint_heads_by_hand():
     config = ModelConfig(**TINY, n_future_tokens=2)
     memory = estimate(config, "joint", "bf16", chunk_tokens=4, held=[LAST], **{**SPLIT, "zero_stage": 1})
-    assert memory.activations == (72 + 2 * (72 + 2 * 4 + 2 * 8)) * 8 * 2
+    assert memory.activations == (64 + 2 * (64 + 2 * 4 + 2 * 8)) * 8 * 2
     assert memory.gradients == 4 * (288 + 648) + 2 * 64  # the unembedding's alone waits
 
 
 def test_two_stages_of_one_rank_add_up():
+    """But for what only the pass that runs needs."""
     both, first, last = (tiny(held=held) for held in ([FIRST, LAST], [FIRST], [LAST]))
+    assert both.pop("temporaries") == first["temporaries"]
     assert both == {purpose: first[purpose] + last[purpose] for purpose in both}
 
 
