@@ -14,7 +14,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not slow"
 
 test-full: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	MEGAMTP_REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/preprocess.py

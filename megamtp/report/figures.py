@@ -13,6 +13,8 @@ from megamtp.report.thin import MOST_POINTS, bin_means, extremes, smooth
 
 # Each is legible on white and on near-black.
 COLOURS = ("#3d85d6", "#e8833a", "#3fa35b", "#c65bb5", "#d6564e", "#2aa7a7", "#b59b1f", "#9a7458")
+PLOT_PIXELS, LANE_PIXELS = 250, 10
+MOST_LINES = 100  # across a plot, of one kind of event
 # Of the parts of a step, in the order in which they happen; others follow.
 PARTS = ("data", "forward", "backward", "step", "checkpoint")
 
@@ -243,7 +245,7 @@ def _draw(figure: go.Figure, curve: Curve, named: bool) -> None:
             **_points(curve.steps, curve.values),
             mode="lines+markers",
             line={"color": curve.colour, "width": 1, "dash": "dot"},
-            marker={"size": 7, "line": {"width": 1}},
+            marker={"size": 7, "line": {"width": 0}},
             showlegend=False,
         )
         return
@@ -267,64 +269,60 @@ def _points(steps: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _finish(figure: go.Figure, runs: list[tuple[int, Run]], unit: str) -> go.Figure:
-    """Axes, and below the curves a row of marks a run."""
-    rows = [(index, run) for index, run in runs if run.events]
-    height = 0.05 * len(rows)
-    for row, (index, run) in enumerate(rows):
-        _draw_marks(figure, run, -row, _colour(index) if len(runs) > 1 else None)
+    """Axes, and below the curves a lane of marks for each kind of event of each run."""
+    lanes = 0
+    for index, run in runs:
+        edge = _colour(index) if len(runs) > 1 else None
+        for name, mark, events in marks_of(run):
+            _draw_marks(figure, run, name, mark, events[-MOST_POINTS:], lane=lanes, edge=edge)
+            lanes += 1
+    share = lanes * LANE_PIXELS / (PLOT_PIXELS + (lanes + 1) * LANE_PIXELS)
     figure.update_layout(
         template="none",
-        height=320 + 16 * len(rows),
-        margin={"l": 56, "r": 12, "t": 8, "b": 40},
+        height=PLOT_PIXELS + (lanes + 1) * LANE_PIXELS + 60,
+        margin={"l": 56, "r": 12, "t": 20, "b": 40},
         hovermode="x unified" if len(figure.data) > 1 else "closest",
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        xaxis={"title": {"text": "step", "standoff": 4}, "anchor": "y2" if rows else "y", "zeroline": False},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
+        xaxis={"title": {"text": "step", "standoff": 4}, "anchor": "y2" if lanes else "y", "zeroline": False},
         yaxis={
             "title": {"text": unit, "standoff": 6},
-            "domain": [height + 0.03 if rows else 0, 1],
+            "domain": [share + 0.02 if lanes else 0, 1],
             "zeroline": False,
             "hoverformat": ".4~g",
         },
     )
-    if rows:
-        figure.update_layout(
-            yaxis2={
-                "domain": [0, height],
-                "range": [-len(rows) + 0.5, 0.5],
-                "fixedrange": True,
-                "showticklabels": False,
-                "showgrid": False,
-                "zeroline": False,
-            }
-        )
+    if lanes:
+        hidden = {"fixedrange": True, "showticklabels": False, "showgrid": False, "zeroline": False}
+        figure.update_layout(yaxis2={"domain": [0, share], "range": [-lanes + 0.2, 0.6], **hidden})
     return figure
 
 
-def _draw_marks(figure: go.Figure, run: Run, row: int, colour: str | None) -> None:
-    for name, mark, events in marks_of(run):
-        events = events[-MOST_POINTS:]
-        figure.add_scatter(
-            x=[event["step"] for event in events],
-            y=[row] * len(events),
-            yaxis="y2",
-            mode="markers",
-            name=_text(name),
-            marker={
-                "symbol": mark.symbol,
-                "size": 9,
-                "color": mark.colour,
-                "line": {"color": colour or mark.colour, "width": 1},
-            },
-            text=[_text(f"{run.name}, step {event['step']}: {name} {_shortened(details(event))}") for event in events],
-            hovertemplate="%{text}<extra></extra>",
-            showlegend=False,
-            meta="marks",
-        )
-        first = min(run.steps, default=0)
-        for step in sorted({event["step"] for event in events if mark.across and event["step"] >= first})[-100:]:
+def _draw_marks(
+    figure: go.Figure, run: Run, name: str, mark: Mark, events: list[dict[str, Any]], *, lane: int, edge: str | None
+) -> None:
+    figure.add_scatter(
+        x=[event["step"] for event in events],
+        y=[-lane] * len(events),
+        yaxis="y2",
+        mode="markers",
+        name=_text(name),
+        marker={
+            "symbol": mark.symbol,
+            "size": LANE_PIXELS - 1,
+            "color": mark.colour,
+            "line": {"color": edge or mark.colour, "width": 1},
+        },
+        text=[_text(f"{run.name}, step {event['step']}: {name} {_shortened(details(event))}") for event in events],
+        hovertemplate="%{text}<extra></extra>",
+        showlegend=False,
+        cliponaxis=False,
+        meta="marks",
+    )
+    if mark.across:
+        for step in sorted({event["step"] for event in events} - {0})[-MOST_LINES:]:
             figure.add_shape(
                 type="line", x0=step, x1=step, y0=0, y1=1, yref="paper", opacity=0.6,
-                line={"color": colour or mark.colour, "width": 1, "dash": "dot"},
+                line={"color": edge or mark.colour, "width": 1, "dash": "dot"},
             )  # fmt: skip
 
 

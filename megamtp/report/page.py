@@ -30,7 +30,8 @@ def render(runs: list[Run], folders: list[str]) -> str:
         from plotly.io.json import to_json_plotly
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise UserError(f"the report needs {error.name}, which is not installed; pip install megamtp[report]") from None
+        package = (error.name or "plotly").partition(".")[0]
+        raise UserError(f"the report needs {package}, which is not installed; pip install {package}") from None
     from megamtp.report.figures import COLOURS, details, marks_of, panels, time_of
 
     plots = panels(runs)
@@ -166,9 +167,13 @@ def _layout(run: Run) -> str:
 def _count(event: str) -> Callable[[Run], str]:
     def describe(run: Run) -> str:
         found = sum(record["event"] == event for record in run.events)
-        return f"{found:,}" if found else ""
+        return f"{found:,}" if found or _writes_events(run) else ""
 
     return describe
+
+
+def _writes_events(run: Run) -> bool:
+    return any(event["event"] == "started" for event in run.events)
 
 
 def _restarts(run: Run) -> str:
@@ -178,7 +183,8 @@ def _restarts(run: Run) -> str:
 
 def _skipped(run: Run) -> str:
     counted = run.numbers("skipped_steps")[1]
-    return f"{counted[-1]:,.0f}" if len(counted) and np.isfinite(counted[-1]) else _count("skipped")(run)
+    found = sum(event["event"] == "skipped" for event in run.events)
+    return f"{max(found, np.nanmax(counted, initial=0)):,.0f}" if len(counted) or found else ""
 
 
 _SUMMARY: list[tuple[str, Callable[[Run], str]]] = [
@@ -206,7 +212,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _row(values: list[float], form: str) -> str:
-    return "  ".join(form.format(value) if np.isfinite(value) else NO_VALUE for value in values)
+    return " · ".join(form.format(value) if np.isfinite(value) else NO_VALUE for value in values)
 
 
 def _duration(seconds: float) -> str:

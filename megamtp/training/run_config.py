@@ -15,6 +15,7 @@ from megamtp.model.transformer import ModelConfig
 from megamtp.ops.choice import OpsConfig
 from megamtp.parallel.groups import ParallelConfig
 from megamtp.parallel.tensor import split_range
+from megamtp.training.metrics import MonitorConfig
 from megamtp.training.schedule import ScheduleConfig
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -52,6 +53,7 @@ class RunConfig:
     schedule: ScheduleConfig = option(ScheduleConfig, "learning rate")
     parallel: ParallelConfig = option(ParallelConfig, "layout")
     training: TrainingConfig = option(REQUIRED, "length, precision, evaluation, checkpoints")
+    monitor: MonitorConfig = option(MonitorConfig, "TensorBoard, Weights & Biases")
 
     def __post_init__(self):
         weights, n = self.heads.loss_weights, self.model.n_future_tokens
