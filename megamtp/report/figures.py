@@ -9,12 +9,12 @@ import numpy as np
 from plotly import graph_objects as go
 
 from megamtp.report.runs import Run, as_number
-from megamtp.report.thin import MOST_POINTS, bin_means, extremes, smooth
+from megamtp.report.thin import bin_means, extremes, smooth
 
 # Each is legible on white and on near-black.
 COLOURS = ("#3d85d6", "#e8833a", "#3fa35b", "#c65bb5", "#d6564e", "#2aa7a7", "#b59b1f", "#9a7458")
 PLOT_PIXELS, LANE_PIXELS = 250, 10
-MOST_LINES = 100  # across a plot, of one kind of event
+MOST_MARKS = 300  # of one kind of event: the newest
 # Of the parts of a step, in the order in which they happen; others follow.
 PARTS = ("data", "forward", "backward", "step", "checkpoint")
 
@@ -274,7 +274,7 @@ def _finish(figure: go.Figure, runs: list[tuple[int, Run]], unit: str) -> go.Fig
     for index, run in runs:
         edge = _colour(index) if len(runs) > 1 else None
         for name, mark, events in marks_of(run):
-            _draw_marks(figure, run, name, mark, events[-MOST_POINTS:], lane=lanes, edge=edge)
+            _draw_marks(figure, run, name, mark, events[-MOST_MARKS:], lane=lanes, edge=edge)
             lanes += 1
     share = lanes * LANE_PIXELS / (PLOT_PIXELS + (lanes + 1) * LANE_PIXELS)
     figure.update_layout(
@@ -319,7 +319,7 @@ def _draw_marks(
         meta="marks",
     )
     if mark.across:
-        for step in sorted({event["step"] for event in events} - {0})[-MOST_LINES:]:
+        for step in sorted({event["step"] for event in events} - {0}):
             figure.add_shape(
                 type="line", x0=step, x1=step, y0=0, y1=1, yref="paper", opacity=0.6,
                 line={"color": edge or mark.colour, "width": 1, "dash": "dot"},

@@ -32,7 +32,7 @@ def render(runs: list[Run], folders: list[str]) -> str:
     except ImportError as error:
         package = (error.name or "plotly").partition(".")[0]
         raise UserError(f"the report needs {package}, which is not installed; pip install {package}") from None
-    from megamtp.report.figures import COLOURS, details, marks_of, panels, time_of
+    from megamtp.report.figures import COLOURS, MOST_MARKS, details, marks_of, panels, time_of
 
     plots = panels(runs)
     numbered = [(panel.section, number, panel.title) for number, panel in enumerate(plots)]
@@ -80,6 +80,7 @@ def render(runs: list[Run], folders: list[str]) -> str:
         sections=sections,
         thinned=any(len(run.steps) > MOST_POINTS for run in runs),
         most_points=MOST_POINTS,
+        most_marks=MOST_MARKS,
         key=[(name, mark, count) for name, (mark, count) in counts.items()],
         events=events[-MOST_EVENTS:],
         events_left_out=max(0, len(events) - MOST_EVENTS),
