@@ -16,7 +16,7 @@ test: $(VENV)/.installed-test
 # On a machine where SLURM (Debian: slurm-wlm, munge) cannot run: `make test-full MEGAMTP_REQUIRE_SLURM=`.
 test-full: export MEGAMTP_REQUIRE_SLURM ?= 1
 test-full: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	MEGAMTP_REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/preprocess.py

@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["megamtp", "megamtp.*"]),
-    package_data={"megamtp.inference.native": ["*.c"]},
+    package_data={"megamtp.inference.native": ["*.c"], "megamtp.report": ["*.html"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed==0.19.8",
@@ -34,6 +34,7 @@ setup(
         "gpu": ["triton>=3.4"],
         "mpi": ["mpi4py>=4"],
         "plot": ["matplotlib>=3.8"],
+        "report": ["plotly>=6", "jinja2>=3"],
         # Preprocessing: the fast encoder, faster JSON, zstd before Python 3.14, SentencePiece models, Parquet.
         "data": ["gigatoken>=0.10", "orjson>=3.10", 'backports.zstd>=1.0; python_version < "3.14"'],
         "data-formats": ["sentencepiece>=0.2", "pyarrow>=17"],
@@ -43,6 +44,8 @@ setup(
             "ruff>=0.6",
             "transformers>=4.45",
             "matplotlib>=3.8",
+            "plotly>=6",
+            "jinja2>=3",
             "mpi4py>=4",
             "openmpi>=5",
             "psutil>=5.9",

@@ -1,21 +1,34 @@
-"""What a run writes about itself: ``metrics.jsonl``, TensorBoard files, the progress bar's line."""
+"""What a run writes about itself: ``metrics.jsonl``, and the same numbers to TensorBoard and Weights & Biases."""
 
 import json
 import math
+import os
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megamtp.config import config_dataclass, option
+from megamtp.engine.monitor import WandbRun
 from megamtp.parallel.groups import ProcessGrid
 
 # Dense bf16 peak of one device, TFLOP/s, from NVIDIA's data sheets (SXM parts).
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
+
+
+@config_dataclass
+class MonitorConfig:
+    """Where the numbers go beside ``metrics.jsonl``."""
+
+    tensorboard: bool = option(True, "files in the run's folder")
+    wandb: bool = option(False, "Weights & Biases, which has to be installed")
+    wandb_project: str = option("megamtp", "its project")
+    wandb_group: str | None = option(None, "of the run and its restarts; null = the name of the run's folder")
 
 
 class HeadMetrics(NamedTuple):
@@ -53,37 +66,83 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class MetricsWriter:
-    """Appends one JSON line a record, flushed at once, and mirrors numbers to TensorBoard.
+    """Appends one JSON line a record, flushed at once, and mirrors numbers to what ``monitor`` asks for.
 
     Opening it for a run that goes on from ``step`` drops the lines of later steps, which the resumed run will
-    write again, and a last line that a crash has torn.
+    write again, and a last line that a crash has torn. Raises ``UserError`` where wandb is asked for and missing.
     """
 
-    def __init__(self, run_dir: Path, step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, run_dir: Path, step: int, monitor: MonitorConfig | None = None):
+        monitor = monitor or MonitorConfig()
+        # First: it may be missing, and nothing is to be dropped by a start that fails.
+        self._wandb = WandbRun(monitor.wandb_project, _group(run_dir, monitor)) if monitor.wandb else None
         self.path = run_dir / "metrics.jsonl"
-        kept = _lines_up_to(self.path, step) if self.path.exists() else []
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self.path)
-        self._file = open(self.path, "a", buffering=1)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        self._unwritten = b""
+        self._file = self._open_file(step)
+        self._board = self._open_board(step) if monitor.tensorboard else None
 
     def write(self, record: dict[str, Any]) -> None:
-        """``record["step"]`` is the step that is done; lists become one TensorBoard curve an entry, head 1 first."""
-        self._file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
-        for tag, number in _scalars("", {key: value for key, value in record.items() if key != "step"}):
-            self._board.add_scalar(tag, number, record["step"])
+        """``record["step"]`` is the step that is done; lists become one curve an entry, head 1 first."""
+        self._append(record)
+        step = record["step"]
+        numbers = list(_scalars("", {key: value for key, value in record.items() if key not in ("step", "time")}))
+        if self._board:
+            for tag, number in numbers:
+                self._board.add_scalar(tag, number, step)
+        if self._wandb:
+            self._wandb.write(numbers, step)
 
     def event(self, step: int, name: str, **values: Any) -> None:
-        """Something that has happened after ``step``; a line of its own, not in TensorBoard."""
-        record = {"step": step, "time": time.time(), "event": name, **values}
-        self._file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
+        """Append the line of something that happened at ``step``; it is no curve.
+
+        "rolled_back", which gives ``to_step``, drops the lines and curves of the steps that are done again.
+        """
+        if name == "rolled_back":
+            self._file.close()
+            self._file = self._open_file(values["to_step"])
+            if self._board:
+                self._board.close()
+                self._board = self._open_board(values["to_step"])
+        self._append({"step": step, "time": time.time(), "event": name, **values})
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.close()
+
+    def _open_board(self, step: int) -> Any:
+        # DeepSpeed's TensorBoardMonitor makes its writer without purge_step: where a run resumes, the steps that
+        # are done again would be drawn twice.
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
+
+    def _open_file(self, step: int) -> BinaryIO:
+        kept = _lines_up_to(self.path, step) if self.path.exists() else []
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_bytes(b"".join(kept))
+        temporary.replace(self.path)
+        return open(self.path, "ab", buffering=0)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        """A line that finds no room on the disk waits for the next, and leaves no half of it behind."""
+        self._unwritten += json.dumps(_strict(record), allow_nan=False).encode() + b"\n"
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(self._unwritten)
+        except OSError as error:
+            print(f"{self.path}: cannot write: {error.strerror}; its lines wait in memory", file=sys.stderr)
+            written = 0
+        if written == len(self._unwritten):
+            self._unwritten = b""
+        else:
+            os.truncate(self.path, size)
+
+
+def _group(run_dir: Path, monitor: MonitorConfig) -> str:
+    return monitor.wandb_group or run_dir.resolve().name
 
 
 def _scalars(tag: str, value: Any) -> Iterator[tuple[str, float]]:
@@ -107,8 +166,16 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    lines = path.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    return [line for line in lines if json.loads(line)["step"] <= step]
+def _lines_up_to(path: Path, step: int) -> list[bytes]:
+    """All but lines of later steps and a torn one; what has happened in these steps has happened, and stays."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [line for line in lines if line.endswith(b"\n") and (_step(line) <= step or b'"event": ' in line)]
+
+
+def _step(line: bytes) -> float:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else -math.inf  # no record of ours stays

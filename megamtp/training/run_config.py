@@ -16,6 +16,7 @@ from megamtp.ops.choice import OpsConfig
 from megamtp.parallel.groups import ParallelConfig
 from megamtp.parallel.tensor import split_range
 from megamtp.training.guard import GuardConfig
+from megamtp.training.metrics import MonitorConfig
 from megamtp.training.schedule import ScheduleConfig
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -58,6 +59,7 @@ class RunConfig:
     parallel: ParallelConfig = option(ParallelConfig, "layout")
     training: TrainingConfig = option(REQUIRED, "length, precision, evaluation, checkpoints")
     guard: GuardConfig = option(GuardConfig, "steps that are skipped, and going back")
+    monitor: MonitorConfig = option(MonitorConfig, "TensorBoard, Weights & Biases")
 
     def __post_init__(self):
         weights, n = self.heads.loss_weights, self.model.n_future_tokens

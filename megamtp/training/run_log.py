@@ -23,12 +23,11 @@ class RunLog:
     """Of the main rank alone; closes itself as a context."""
 
     def __init__(self, run_dir: Path, config: RunConfig, grid: ProcessGrid, step: int):
-        self.run_dir, self.config, self.grid = run_dir, config, grid
-        self.metrics = MetricsWriter(run_dir, step)
+        self.config, self.grid = config, grid
+        self.metrics = MetricsWriter(run_dir, step, config.monitor)
         self.bar = tqdm(total=config.training.steps, initial=step, unit="step", dynamic_ncols=True)
         self._flops_per_token = train_flops_per_token(config.model, config.data.seq_len)
         self._peak = device_peak(config, grid.device)
-        self._seconds_saving = 0.0  # since the last step's line
 
     def __enter__(self) -> "RunLog":
         return self
@@ -79,7 +78,7 @@ class RunLog:
                 "grad_norm": result.grad_norm,
                 "skipped_steps": state.counters["skipped_steps"],
                 "seconds": seconds,
-                "seconds_per_part": {"data": waited, "checkpoint": self._seconds_saving},
+                "seconds_per_part": {"data": waited, "training": seconds - waited},
                 "tokens_per_s": tokens_per_s,
                 "tflops": tflops,
                 "mfu": tflops / (self._peak * self.grid.world_size) if self._peak else None,
@@ -88,7 +87,6 @@ class RunLog:
                 **({"epoch_per_source": epochs} if len(epochs) > 1 else {}),
             }
         )
-        self._seconds_saving = 0.0
         self.bar.set_postfix_str(f"loss {_numbers(heads.losses)}, {tokens_per_s:,.0f} tokens/s")
         self.bar.update()
         if result.skipped:
@@ -116,7 +114,6 @@ class RunLog:
         """A save has ended."""
         if saved is None:
             return
-        self._seconds_saving += saved.stall_seconds
         if saved.error:
             self.metrics.event(saved.step, "checkpoint_failed", error=str(saved.error))
             self.bar.write(f"step {saved.step}: the checkpoint was not written: {saved.error}; training goes on")
@@ -131,9 +128,7 @@ class RunLog:
             )
 
     def rolled_back(self, step: int, to_step: int, skipped: int, damaged: list[tuple[Path, str]]) -> None:
-        """The lines of the steps that are taken back go; the event stays."""
-        self.metrics.close()
-        self.metrics = MetricsWriter(self.run_dir, to_step)
+        """The lines of the steps that are taken back go; events stay."""
         self._passed_over(to_step, damaged)
         skipped_samples = (step - to_step) * self.config.training.global_batch_size
         self.metrics.event(to_step, "rolled_back", from_step=step, to_step=to_step, skipped_samples=skipped_samples)

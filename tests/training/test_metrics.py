@@ -2,14 +2,18 @@
 
 import json
 import math
+import sys
+import time
+import types
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megamtp.config import load
+from megamtp.errors import UserError
 from megamtp.model.cost import train_flops_per_token
-from megamtp.training.metrics import MetricsWriter, reduce_heads
+from megamtp.training.metrics import MetricsWriter, MonitorConfig, reduce_heads
 from megamtp.training.run_config import RunConfig
 from tests.distributed import run_rank
 from tests.training.tiny import GLOBAL_BATCH, SEQ_LEN, lines, run_config, run_training, step_lines, validation_lines
@@ -97,12 +101,43 @@ def test_a_resumed_writer_drops_later_lines_and_a_torn_one(tmp_path):
     assert scalars(tmp_path, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 50.0)]
 
 
+def test_lines_that_are_no_records_survive_a_resume(tmp_path):
+    foreign = ["[1, 2]", '{"note": "by hand"}', "not JSON", '{"step": "last"}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*foreign, '{"step": 2}', '{"step": 9}']) + "\n")
+    MetricsWriter(tmp_path, 4).close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [*foreign, '{"step": 2}']
+
+
 def test_a_new_run_in_an_old_folder_starts_an_empty_file(tmp_path):
-    for _ in range(2):
+    for value in (1.0, 2.0):
         writer = MetricsWriter(tmp_path, 0)
-        writer.write({"step": 1, "loss": 1.0})
+        writer.write({"step": 1, "loss": value})
         writer.close()
-    assert [line["step"] for line in lines(tmp_path)] == [1]
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 2.0)]
+    assert scalars(tmp_path, "loss") == [(1, 2.0)]
+
+
+def test_an_event_is_a_line_with_its_time_and_no_curve(tmp_path):
+    writer, before = MetricsWriter(tmp_path, 0), time.time()
+    writer.write({"step": 1, "loss": 1.0, "time": before})
+    writer.event(1, "skipped", reason="non-finite", loss=math.nan, grad_norm=math.inf)
+    (*_, event) = lines(tmp_path)  # before the writer is closed
+    writer.close()
+    assert before <= event.pop("time") <= time.time()
+    assert event == {"step": 1, "event": "skipped", "reason": "non-finite", "loss": None, "grad_norm": None}
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert board.Tags()["scalars"] == ["loss"]
+
+
+def test_steps_that_were_rolled_back_are_one_curve_in_tensorboard(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    for step in range(1, 6):
+        writer.write({"step": step, "loss": float(step)})
+    writer.event(5, "rolled_back", to_step=2, skipped_samples=8)
+    writer.write({"step": 3, "loss": 30.0})
+    writer.close()
+    assert scalars(tmp_path, "loss") == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 5, 3]
 
 
 def test_lines_are_on_disk_at_once(tmp_path):
@@ -110,6 +145,72 @@ def test_lines_are_on_disk_at_once(tmp_path):
     writer.write({"step": 1, "loss": 1.0})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 1.0}
     writer.close()
+
+
+def test_without_tensorboard_there_is_no_file_of_it(tmp_path):
+    writer = MetricsWriter(tmp_path, 0, MonitorConfig(tensorboard=False))
+    writer.write({"step": 1, "loss": 1.0})
+    writer.event(1, "rolled_back", to_step=0, skipped_samples=8)
+    writer.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+class FakeWandb(types.ModuleType):
+    """Stands in for the package and records what it is called with."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, refusal: str | None = None):
+        super().__init__("wandb")
+        self.calls, self.refusal = [], refusal
+
+    def init(self, **options):
+        if self.refusal:
+            raise self.Error(self.refusal)
+        self.calls.append(("init", options))
+
+    def log(self, data, step=None, commit=None):
+        self.calls.append(("log", step, data))
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+
+def write_to_fake_wandb(_, folder):
+    fake = sys.modules["wandb"] = FakeWandb()
+    monitor = MonitorConfig(tensorboard=False, wandb=True, wandb_project="far tokens")
+    for step in (0, 1):
+        writer = MetricsWriter(folder, step, monitor)
+        writer.write({"step": step + 1, "time": 5.0, "loss": 1.5, "loss_per_head": [1.0, 0.5], "mfu": None})
+        writer.event(step + 1, "checkpoint", seconds=1.0)
+        writer.close()
+    sys.modules["wandb"] = FakeWandb("no API key\nconfigured")
+    with pytest.raises(UserError, match="^monitor.wandb: no API key configured; .*WANDB_MODE=offline"):
+        MetricsWriter(folder, 0, monitor)
+    return fake.calls, lines(folder)
+
+
+def test_wandb_gets_the_same_numbers_a_run_of_its_own_each_start(tmp_path):
+    (tmp_path / "narrow").mkdir()
+    calls, kept = run_rank(write_to_fake_wandb, tmp_path / "narrow")
+    assert len(kept) == 4  # a start that fails drops nothing
+    for step, of_start in enumerate((calls[:5], calls[5:]), start=1):
+        assert of_start == [
+            ("init", {"project": "far tokens", "group": "narrow", "entity": None}),
+            ("log", step, {"loss": 1.5}),
+            ("log", step, {"loss_per_head/head_1": 1.0}),
+            ("log", step, {"loss_per_head/head_2": 0.5}),
+            ("finish",),
+        ]
+
+
+def test_wandb_that_is_not_installed_is_told_before_anything_is_dropped(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what makes an import fail
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
+    with pytest.raises(UserError, match="pip install wandb"):
+        MetricsWriter(tmp_path, 0, MonitorConfig(wandb=True))
+    assert lines(tmp_path) == [{"step": 7}]
 
 
 class OneRank:
