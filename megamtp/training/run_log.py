@@ -6,17 +6,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from megamtp.engine.engine import StepResult
 from megamtp.model.cost import train_flops_per_token
 from megamtp.parallel.groups import ProcessGrid
+from megamtp.planner.estimate import estimate_run
 from megamtp.training.checkpoint import Checkpoint
 from megamtp.training.device import device_peak
 from megamtp.training.metrics import HeadMetrics, MetricsWriter, peak_memory_gib
 from megamtp.training.run_config import RunConfig
 from megamtp.training.run_state import RunState
 from megamtp.training.saver import Saved
+
+COMPARED_STEP = 5  # of a start: its time and memory are compared with the estimate
 
 
 class RunLog:
@@ -27,6 +31,7 @@ class RunLog:
         self.metrics = MetricsWriter(run_dir, step, config.monitor)
         self.bar = tqdm(total=config.training.steps, initial=step, unit="step", dynamic_ncols=True)
         self._flops_per_token = train_flops_per_token(config.model, config.data.seq_len)
+        self._trained = 0  # steps of this start
         self._peak = device_peak(config, grid.device)
 
     def __enter__(self) -> "RunLog":
@@ -87,6 +92,10 @@ class RunLog:
                 **({"epoch_per_source": epochs} if len(epochs) > 1 else {}),
             }
         )
+        self._trained += 1
+        if self._trained == COMPARED_STEP and self.grid.device.type == "cuda":  # a CPU counts what is no tensor
+            estimate = estimate_run(self.config, self.grid.world_size, torch.cuda.get_device_name(self.grid.device))
+            self.bar.write(estimate.against(seconds, torch.cuda.max_memory_allocated(self.grid.device)))
         self.bar.set_postfix_str(f"loss {_numbers(heads.losses)}, {tokens_per_s:,.0f} tokens/s")
         self.bar.update()
         if result.skipped:
