@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Whose reader has to read our data, and the other side of the data's benchmark. Its dependencies are not needed for that.
 MEGATRON := megatron-core==0.16.1
 
-.PHONY: demo test test-full bench lint clean
+.PHONY: demo test test-full chaos bench lint clean
 
 demo: $(VENV)/.installed
 	./launch_scripts/demo.sh
@@ -17,6 +17,9 @@ test: $(VENV)/.installed-test
 test-full: export MEGAMTP_REQUIRE_SLURM ?= 1
 test-full: $(VENV)/.installed-test
 	MEGAMTP_REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest
+
+chaos: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -s -m chaos tests/chaos
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/preprocess.py
