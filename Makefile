@@ -30,6 +30,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/checkpoint.py
 	[ ! -d runs/demo ] || $(BIN)/python benchmarks/decode.py runs/demo --text data/demo/validation.jsonl
 
 lint: $(VENV)/.installed-test
