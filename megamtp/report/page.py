@@ -155,7 +155,8 @@ def _layout(run: Run) -> str:
     for event in run.events:
         if event["event"] == "started" and isinstance(event.get("layout"), dict):
             text = " x ".join(f"{name} {size}" for name, size in event["layout"].items())
-            layouts.append(f"{text} ({event.get('world_size', '?')} ranks)")
+            ranks = event.get("world_size", "?")
+            layouts.append(f"{text} ({ranks} rank{'' if ranks == 1 else 's'})")
     if layouts:
         changed = list(dict.fromkeys(layouts))
         return layouts[-1] + (f", before: {'; '.join(text for text in changed if text != layouts[-1])}"
