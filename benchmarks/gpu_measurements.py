@@ -29,7 +29,7 @@ from megamtp.ops.comparison import Comparison, Shape, comparisons, forward_and_b
 from megamtp.ops.cross_entropy import chunk_for_memory, linear_cross_entropy_with_grads
 from megamtp.parallel.groups import ParallelConfig
 from megamtp.planner.memory import estimate_memory
-from megamtp.training.metrics import peak_tflops
+from megamtp.training.device import known_tflops
 
 Result = dict[str, Any]
 MICRO_BATCHES = 4  # a step; a real one has hundreds, which hide the update
@@ -220,7 +220,7 @@ class Bench(Timing):
         peak_gib = self.peak_gib()
         tokens = MICRO_BATCHES * size.micro_batch * self.seq_len
         flops = tokens * train_flops_per_token(config, self.seq_len)
-        tflops, peak, gemm = flops / statistics.median(seconds) / 1e12, peak_tflops(self.device), self.results
+        tflops, peak, gemm = flops / statistics.median(seconds) / 1e12, known_tflops(self.device), self.results
         del engine
         self.free()
         torch._dynamo.reset()

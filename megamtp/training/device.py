@@ -12,8 +12,8 @@ from megamtp.ops.comparison import Shape, check_backends
 from megamtp.ops.cross_entropy import chunk_for_memory
 from megamtp.parallel.groups import ProcessGrid
 from megamtp.parallel.tensor import split_range
+from megamtp.planner.devices import device_by_name
 from megamtp.planner.stages import Stage
-from megamtp.training.metrics import peak_tflops
 from megamtp.training.run_config import RunConfig
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -74,7 +74,13 @@ def check_kernels(config: RunConfig, grid: ProcessGrid) -> None:
 
 def device_peak(config: RunConfig, device: torch.device) -> float | None:
     """TFLOP/s that MFU is a share of: the config's, that of a known GPU, or what an unknown GPU does; none on a CPU."""
-    return config.training.peak_tflops or peak_tflops(device) or measured_tflops(device)
+    return config.training.peak_tflops or known_tflops(device) or measured_tflops(device)
+
+
+def known_tflops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a GPU that the planner's table knows by name; none for others and for CPUs."""
+    known = device_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return known and known.bf16_tflops
 
 
 def measured_tflops(device: torch.device, size: int = 8192, rounds: int = 10) -> float | None:

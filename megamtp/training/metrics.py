@@ -17,9 +17,6 @@ from megamtp.config import config_dataclass, option
 from megamtp.engine.monitor import WandbRun
 from megamtp.parallel.groups import ProcessGrid
 
-# Dense bf16 peak of one device, TFLOP/s, from NVIDIA's data sheets (SXM parts).
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
-
 
 @config_dataclass
 class MonitorConfig:
@@ -47,14 +44,6 @@ def reduce_heads(sums: Tensor, counts: Tensor, correct: Tensor, grid: ProcessGri
     totals = grid.sum_over_ranks(torch.stack([sums.double(), counts.double(), correct.double()])).cpu()
     losses, accuracies = (totals[0] / totals[1]).tolist(), (totals[2] / totals[1]).tolist()
     return HeadMetrics(losses, accuracies, int(totals[1, 0]))
-
-
-def peak_tflops(device: torch.device) -> float | None:
-    """Peak of a GPU that the table knows by name; none for others and for CPUs."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -148,7 +148,7 @@ class RunLog:
         self.bar.refresh()
 
     def stopped(self, step: int, by_signal: int | None) -> None:
-        """The run ends here, for now or for good."""
+        """The run ends here, at its last step or by a signal."""
         if by_signal:
             self.metrics.event(step, "stopped", signal=signal.Signals(by_signal).name)
 
