@@ -49,6 +49,13 @@ first_to_fail() {
   sed -nE 's/^srun: error: ([^ :]+): tasks? .*/\1/p' "$logs/srun.log" | head -n 1 | grep -v '[[,]'
 }
 
+# The node of the rank that hung, as the other ranks tell; nothing where none did, or those of several nodes.
+hanging() {
+  local nodes
+  nodes=$(sed -nE 's/^hang: rank [0-9]+ on ([^ ]+) .*/\1/p' "$logs"/rank-*.log 2>/dev/null | sort -u)
+  [ "$(wc -l <<<"$nodes")" -gt 1 ] || echo "$nodes"
+}
+
 # Back into the queue, never again on the nodes given (one a line).
 requeue() {
   local nodes=$1 excluded
@@ -152,10 +159,15 @@ if [ $code = 138 ] || [ $code = 143 ] || [ "$stopped" = USR1 ]; then
   say "stopped by a signal (exit code $code), newest checkpoint $(newest_checkpoint); back into the queue"
   requeue ""
 fi
-# A rank has failed. Its node is avoided when the health check says so, or when it was the first at the last failure as well:
+# A rank has failed. Its node is avoided when the health check says so, or when it was the first to fail, or hung, the last time as well:
 # once may be chance, and an exclusion that is not needed may leave too few nodes.
-suspect=$(first_to_fail)
-say "failed with exit code $code${suspect:+, first on $suspect}; back into the queue"
+suspect=$(hanging)
+if [ -n "$suspect" ]; then
+  say "a rank on $suspect hung; back into the queue"
+else
+  suspect=$(first_to_fail)
+  say "failed with exit code $code${suspect:+, first on $suspect}; back into the queue"
+fi
 avoid=$(unhealthy_nodes)
 if [ -n "$suspect" ] && [ "$suspect" = "$(cat "$run/slurm/suspect" 2>/dev/null)" ]; then
   avoid=$(printf '%s\n' "$avoid" "$suspect" | sed '/^$/d' | sort -u)

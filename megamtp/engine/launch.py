@@ -15,11 +15,14 @@ from megamtp.parallel.groups import ParallelConfig, ProcessGrid
 TIMEOUT = timedelta(minutes=10)  # for ranks that never come, and for the neighbours of one that hangs
 
 
-def start_processes(parallel: ParallelConfig | None = None, kv_heads: int = 1) -> ProcessGrid:
+def start_processes(
+    parallel: ParallelConfig | None = None, kv_heads: int = 1, timeout: timedelta = TIMEOUT
+) -> ProcessGrid:
     """Join the other ranks (NCCL on GPUs, gloo on CPUs) and return this process's place in the layout.
 
     Call before ``build_engine``; ``stop_processes`` undoes it. ``kv_heads`` of the model decide which ranks share
-    key/value heads. Raises ``UserError`` where the launcher's variables or the number of ranks do not fit.
+    key/value heads; ``timeout`` is that of collectives. Raises ``UserError`` where the launcher's variables or the
+    number of ranks do not fit.
     """
     environment = launch_environment()
     rank, world_size, local_rank, _ = environment
@@ -43,7 +46,7 @@ def start_processes(parallel: ParallelConfig | None = None, kv_heads: int = 1) -
         backend = "nccl" if use_cuda else "gloo"
         if world_size > 1:
             # Without device_id: with one, NCCL's groups would need every rank of the world to be made.
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     _tame_deepspeed()

@@ -37,6 +37,7 @@ MARKS = {
     "skipped": Mark("diamond", "◆", "#e8833a"),
     "rolled_back": Mark("triangle-left", "◀", "#c65bb5", across=True),
     "damaged": Mark("star", "★", "#d6564e"),
+    "hang": Mark("hourglass", "⧗", "#d6564e", across=True),
     "slow_rank": Mark("triangle-up", "▲", "#b59b1f"),
 }
 OTHER_MARK = Mark("circle-open", "○", "#3d85d6")

@@ -2,10 +2,12 @@
 
 import signal
 import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -25,6 +27,9 @@ from megamtp.training.run_log import RunLog
 from megamtp.training.run_state import RunState
 from megamtp.training.saver import Saver
 from megamtp.training.schedule import learning_rate
+from megamtp.training.watchdog import Watchdog
+
+T = TypeVar("T")
 
 
 def open_run_data(config: RunConfig, share: Share | None = ALL) -> Data:
@@ -87,11 +92,16 @@ def engine_of_run(config: RunConfig, grid: ProcessGrid, seed: int | None) -> Eng
 
 
 def evaluate_sets(
-    config: RunConfig, grid: ProcessGrid, engine: Engine, data: Data | None, validation_samples: dict[str, int]
+    config: RunConfig,
+    grid: ProcessGrid,
+    engine: Engine,
+    data: Data | None,
+    validation_samples: dict[str, int],
+    moved: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, HeadMetrics], HeadMetrics]:
     """Metrics of each validation set and of all together. Every rank calls it; those without ``data`` read nothing.
 
-    ``validation_samples``: how many samples each set has.
+    ``validation_samples``: how many samples each set has. ``moved`` is called at each micro-batch.
     """
     micro_batch_size, limit = config.training.micro_batch_size, config.training.eval_samples
     sets, totals = {}, torch.zeros(3, config.model.n_future_tokens, dtype=torch.float64, device=grid.device)
@@ -102,10 +112,16 @@ def evaluate_sets(
             batches = (model_inputs(batch, config.data) for batch in rows)
         else:
             batches = [None] * validation_rounds(n_samples, micro_batch_size, grid.dp_size)
-        sums = engine.evaluate(batches)
+        sums = engine.evaluate(_told(batches, moved))
         sets[name] = reduce_heads(*sums, grid)
         totals += torch.stack([x.double() for x in sums])
     return sets, reduce_heads(*totals, grid)
+
+
+def _told(batches: Iterable[T], moved: Callable[[], None]) -> Iterator[T]:
+    for batch in batches:
+        moved()
+        yield batch
 
 
 def train(config: RunConfig, grid: ProcessGrid) -> int:
@@ -138,6 +154,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
     last_step = min(training.steps, training.stop_after or training.steps)
     log = None
     with fail_together(grid, UserError, OSError):
+        watchdog = Watchdog(run_dir, grid, training.hang_timeout)
         if grid.is_main:
             write_atomic(run_dir / "config.yaml", dump(config).encode())
             log = RunLog(run_dir, config, grid, state.step)
@@ -153,6 +170,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
     micro_batches = config.micro_batches(grid.world_size)
 
     def save() -> None:
+        watchdog.mark(state.step, "checkpoint")
         position = loader and loader.state_dict()  # that of the main rank is written
         before = saver.save(
             step=state.step, model_config=asdict(config.model), state={"loader": position, **state.state_dict()}
@@ -161,17 +179,20 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
             log.saved(before)
 
     def evaluate() -> None:
-        sets, heads = evaluate_sets(config, grid, engine, data, validation_samples)
+        watchdog.mark(state.step, "evaluation")
+        sets, heads = evaluate_sets(config, grid, engine, data, validation_samples, watchdog.moved)
         if log and sets:
             log.evaluated(state.step, sets, heads)
 
     stop_signal = None
     ending = closing(loader) if loader else nullcontext()
-    with StopRequest() as stop, log or nullcontext(), ending, dead_workers_told():
+    with StopRequest() as stop, log or nullcontext(), ending, dead_workers_told(), watchdog:
         while state.step < last_step and stop_signal is None:
             started = time.perf_counter()
+            watchdog.mark(state.step, "data")
             batches = loader.next_step() if loader else [None] * micro_batches
             waited = time.perf_counter() - started
+            watchdog.mark(state.step, "training")
             lr = learning_rate(state.step, training.steps, config.optimizer.lr, config.schedule)
             result = engine.train_step(batches, lr)
             heads = reduce_heads(result.sums, result.counts, result.correct, grid)
@@ -191,6 +212,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
                 evaluate()
             if training.checkpoint_every and state.step % training.checkpoint_every == 0 or at_end or stop_signal:
                 save()
+        watchdog.mark(state.step, "checkpoint")
         saved = saver.wait()
         if log:
             log.saved(saved)

@@ -130,6 +130,13 @@ class MetricsWriter:
             os.truncate(self.path, size)
 
 
+def append_event(run_dir: Path, step: int, name: str, **values: Any) -> None:
+    """One event's line, by a rank that does not hold the file open: the main rank may be what hangs."""
+    line = {"step": step, "time": time.time(), "event": name, **values}
+    with open(run_dir / "metrics.jsonl", "ab", buffering=0) as file:
+        file.write(json.dumps(_strict(line), allow_nan=False).encode() + b"\n")
+
+
 def _group(run_dir: Path, monitor: MonitorConfig) -> str:
     return monitor.wandb_group or run_dir.resolve().name
 

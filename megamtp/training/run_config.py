@@ -39,6 +39,11 @@ class TrainingConfig:
     background_save: bool = option(
         True, "save from a copy in host memory (12 bytes a parameter, shared out over the ranks) while training goes on"
     )
+    hang_timeout: Annotated[float, Field(ge=1)] | None = option(
+        360,
+        "seconds that a run may stand still before it names the rank that hangs and ends with exit code 75; more than "
+        "a step or a save ever takes; null = not watched",
+    )
     stop_after: PositiveInt | None = option(None, "save and stop at this step, without changing the schedule")
     peak_tflops: Annotated[float, Field(gt=0)] | None = option(
         None, "of one device, for MFU; null = of a GPU known by name, or measured on one that is not"

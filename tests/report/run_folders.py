@@ -55,6 +55,7 @@ ALL_EVENTS = [
     event_line(21, "checkpoint_failed", error="No space left on device"),
     event_line(22, "skipped", reason="spike", loss=9.0, grad_norm=80.0),
     event_line(23, "slow_rank", rank=1, ratio=1.5),
+    event_line(23, "hang", ranks=[1], hosts=["node7"], part="training", seconds=360.0),
     event_line(24, "stopped", signal="SIGTERM"),
     event_line(20, "damaged", path="checkpoints/step-24", error="a checksum differs"),
     event_line(20, "started", world_size=2, layout={"tensor": 2, "pipeline": 1, "data": 1}, resumed_from="step-20"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megamtp.training.watchdog import Beat, describe
 from tests.slurm.fakes import NODES, ROOT, SCRIPTS, Run, saving
 
 
@@ -295,6 +296,21 @@ def test_a_node_that_fails_first_twice_is_excluded(run):
     # Several nodes at once are no sign.
     assert run.run(3, failing(40, "n[1-2]"))[2] == REQUEUED
     assert run.run(4, failing(50, "n[1-2]"))[2] == REQUEUED
+
+
+def test_a_node_that_hangs_twice_is_excluded_not_the_one_that_tells(run):
+    def hanging(start: int, *nodes: str) -> str:
+        beats = [Beat(9, 7, 3, "training", True, "a file.py:1 f", node, 1) for node in ("n1", *nodes)]
+        told = "\n".join(describe(beats, list(range(1, len(beats))), [1], 360, "n1"))
+        messages = "srun: error: n1: task 0: Exited with exit code 75\nsrun: error: n3: task 9: Killed"
+        log = f"$RUN/slurm/job-7-start-{start}/rank-000.log"
+        return saving(10 + start) + f'echo "{told}" > "{log}"; echo "{messages}" >&2; exit 137'
+
+    code, output, calls = run.run(0, hanging(0, "n2", "n2"))
+    assert (code, calls) == (0, REQUEUED) and "a rank on n2 hung" in output
+    assert run.run(1, hanging(1, "n2"))[2] == [*REQUEUED, "scontrol update JobId=7 ExcNodeList=n2"]
+    # Several nodes at once are no sign, so it is srun's word that counts: n1 was the first to end.
+    assert "a rank on" not in run.run(2, hanging(2, "n2", "n3"))[1]
 
 
 @pytest.mark.parametrize(
