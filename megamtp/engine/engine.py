@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megamtp.engine.optimizer import OptimizerConfig, build_optimizer
+from megamtp.engine.part_timer import PartTimer
 from megamtp.model.heads import GradientSink, HeadLosses, MultiTokenHeads
 from megamtp.model.model import MultiTokenModel, NamedLayer
 from megamtp.model.transformer import Block
@@ -63,6 +64,7 @@ class Engine:
         import deepspeed
 
         self.grid, self.clip = grid, optimizer.clip
+        self.timer = PartTimer(grid.device)  # forward, backward, step: of the last step
         self.judge: Judge = _refuse_non_finite
         self.micro_batches = micro_batches
         self.layers = self._named_layers(model)  # this rank's, with the prefixes of their logical names
@@ -102,13 +104,16 @@ class Engine:
 
     def _run_step(self, batches: list[ModelInputs]) -> float:
         for index, batch in enumerate(batches):
-            losses = self._forward(self.deepspeed, batch)
-            self.deepspeed.backward(losses.loss)
+            with self.timer.part("forward"):
+                losses = self._forward(self.deepspeed, batch)
+            with self.timer.part("backward"):
+                self.deepspeed.backward(losses.loss)
             self._add(losses)
             if index + 1 < len(batches):
                 self.deepspeed.step()  # counts the micro-batch; the update waits for the last one
-        grad_norm = self._clip_gradients()
-        self.deepspeed.step()
+        with self.timer.part("step"):
+            grad_norm = self._clip_gradients()
+            self.deepspeed.step()
         return grad_norm
 
     def _run_evaluation(self, batches: Iterable[ModelInputs]) -> None:
@@ -135,6 +140,7 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self._totals = None
+        self.timer.clear()
         grad_norm = self._run_step(batches)
         return StepResult(*self._counted_totals(), grad_norm=grad_norm, skipped=self._skipped)
 

@@ -6,7 +6,7 @@ because only there DeepSpeed hands out the targets.
 """
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from itertools import islice
 
@@ -25,6 +25,14 @@ from megamtp.ops.choice import OpsConfig
 from megamtp.ops.cross_entropy import IGNORE_INDEX
 from megamtp.parallel.groups import ProcessGrid
 from megamtp.parallel.layers import VocabParallelEmbedding
+
+# Waiting for the neighbours' messages is left out: what a step takes beyond these.
+TIMED = {
+    schedule.ForwardPass: "forward",
+    schedule.BackwardPass: "backward",
+    schedule.ReduceGrads: "step",
+    schedule.OptimizerStep: "step",
+}
 
 
 class PipelineStages(PipelineModule):
@@ -124,7 +132,17 @@ class PipelineEngine(Engine):
             self._grad_norm = self._clip_gradients()
             step(engine)
 
-        self.deepspeed._INSTRUCTION_MAP = instructions | {schedule.OptimizerStep: clip_and_step}
+        instructions[schedule.OptimizerStep] = clip_and_step
+        for instruction, part in TIMED.items():
+            instructions[instruction] = self._timed(part, instructions[instruction])
+        self.deepspeed._INSTRUCTION_MAP = instructions
+
+    def _timed(self, part: str, execute: Callable) -> Callable:
+        def timed(engine, **arguments):
+            with self.timer.part(part):
+                execute(engine, **arguments)
+
+        return timed
 
     def _run_step(self, batches: list[ModelInputs | None]) -> float:
         self.deepspeed.train_batch(self._as_deepspeed(batches))

@@ -20,10 +20,10 @@ from megamtp.errors import RunFailure, UserError
 from megamtp.files import write_atomic
 from megamtp.parallel.groups import ProcessGrid
 from megamtp.training.faults import LONG, StopRequest, fail_together, from_main
-from megamtp.training.metrics import HeadMetrics, reduce_heads
+from megamtp.training.metrics import HeadMetrics, reduce_heads, reduce_step
 from megamtp.training.recovery import newest_whole
 from megamtp.training.run_config import RunConfig
-from megamtp.training.run_log import RunLog
+from megamtp.training.run_log import RunLog, StepTimes
 from megamtp.training.run_state import RunState
 from megamtp.training.saver import Saver
 from megamtp.training.schedule import learning_rate
@@ -195,11 +195,12 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
             watchdog.mark(state.step, "training")
             lr = learning_rate(state.step, training.steps, config.optimizer.lr, config.schedule)
             result = engine.train_step(batches, lr)
-            heads = reduce_heads(result.sums, result.counts, result.correct, grid)
-            seconds = time.perf_counter() - started
+            own = waited + engine.timer.seconds("forward")["forward"]
+            heads, of_ranks = reduce_step(result.sums, result.counts, result.correct, own, grid)
+            times = StepTimes(time.perf_counter() - started, {"data": waited, **engine.timer.seconds()}, of_ranks)
             state.count(result.skipped)
             if log:
-                log.trained(state, heads, result, lr, seconds, waited, loader.epochs)
+                log.trained(state, heads, result, lr, times, loader.epochs)
                 log.saved(saver.finished())
             if state.guard.gives_up:
                 go_back(config, grid, engine, saver, state, log)

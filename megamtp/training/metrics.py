@@ -8,9 +8,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Annotated, Any, BinaryIO, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from megamtp.config import config_dataclass, option
@@ -25,6 +26,11 @@ class MonitorConfig:
     tensorboard: bool = option(True, "files in the run's folder")
     wandb: bool = option(False, "Weights & Biases, which has to be installed")
     wandb_project: str = option("megamtp", "its project")
+    slow_rank_ratio: Annotated[float, Field(gt=1)] | None = option(
+        1.3,
+        "tell of a rank whose reading and forward pass take that many times the median of its stage over 20 steps; "
+        "null = never",
+    )
     wandb_group: str | None = option(None, "of the run and its restarts; null = the name of the run's folder")
 
 
@@ -41,9 +47,21 @@ def reduce_heads(sums: Tensor, counts: Tensor, correct: Tensor, grid: ProcessGri
 
     A head without a single valid target gets NaN.
     """
-    totals = grid.sum_over_ranks(torch.stack([sums.double(), counts.double(), correct.double()])).cpu()
+    return reduce_step(sums, counts, correct, 0.0, grid)[0]
+
+
+def reduce_step(
+    sums: Tensor, counts: Tensor, correct: Tensor, own_seconds: float, grid: ProcessGrid
+) -> tuple[HeadMetrics, list[float]]:
+    """``reduce_heads``, and in the same message every rank's ``own_seconds``, in the order of the ranks."""
+    seconds = torch.zeros(grid.world_size, dtype=torch.float64)
+    seconds[grid.rank] = own_seconds
+    heads = torch.stack([sums.double(), counts.double(), correct.double()])
+    message = torch.cat([heads.flatten(), seconds.to(heads.device)])
+    totals, seconds = grid.sum_over_ranks(message).cpu().split([heads.numel(), grid.world_size])
+    totals = totals.view_as(heads)
     losses, accuracies = (totals[0] / totals[1]).tolist(), (totals[2] / totals[1]).tolist()
-    return HeadMetrics(losses, accuracies, int(totals[1, 0]))
+    return HeadMetrics(losses, accuracies, int(totals[1, 0])), seconds.tolist()
 
 
 def peak_memory_gib(device: torch.device) -> float:

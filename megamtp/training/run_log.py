@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -19,8 +19,17 @@ from megamtp.training.metrics import HeadMetrics, MetricsWriter, peak_memory_gib
 from megamtp.training.run_config import RunConfig
 from megamtp.training.run_state import RunState
 from megamtp.training.saver import Saved
+from megamtp.training.slow_ranks import WINDOW, SlowRanks
 
 COMPARED_STEP = 5  # of a start: its time and memory are compared with the estimate
+
+
+class StepTimes(NamedTuple):
+    """Where the time of a step went, in seconds."""
+
+    seconds: float  # wall time on the main rank
+    per_part: dict[str, float]  # of it
+    of_ranks: list[float]  # what each rank took by itself
 
 
 class RunLog:
@@ -32,6 +41,7 @@ class RunLog:
         self.bar = tqdm(total=config.training.steps, initial=step, unit="step", dynamic_ncols=True)
         self._flops_per_token = train_flops_per_token(config.model, config.data.seq_len)
         self._trained = 0  # steps of this start
+        self._slow_ranks = SlowRanks(grid, config.monitor.slow_rank_ratio)
         self._peak = device_peak(config, grid.device)
 
     def __enter__(self) -> "RunLog":
@@ -63,11 +73,11 @@ class RunLog:
         heads: HeadMetrics,
         result: StepResult,
         lr: float,
-        seconds: float,
-        waited: float,
+        times: StepTimes,
         epochs: dict[str, Any],
     ) -> None:
-        """A step is done; ``waited`` of its ``seconds`` for data."""
+        """A step is done."""
+        seconds = times.seconds
         tokens_per_s = state.tokens_per_step / seconds
         tflops = tokens_per_s * self._flops_per_token / 1e12
         loss = state.weighted(heads.losses)
@@ -83,7 +93,8 @@ class RunLog:
                 "grad_norm": result.grad_norm,
                 "skipped_steps": state.counters["skipped_steps"],
                 "seconds": seconds,
-                "seconds_per_part": {"data": waited, "training": seconds - waited},
+                "seconds_per_part": times.per_part,
+                **({"slowest_rank": slowest} if (slowest := self._slow_ranks.slowest(times.of_ranks)) else {}),
                 "tokens_per_s": tokens_per_s,
                 "tflops": tflops,
                 "mfu": tflops / (self._peak * self.grid.world_size) if self._peak else None,
@@ -98,6 +109,11 @@ class RunLog:
             self.bar.write(estimate.against(seconds, torch.cuda.max_memory_allocated(self.grid.device)))
         self.bar.set_postfix_str(f"loss {_numbers(heads.losses)}, {tokens_per_s:,.0f} tokens/s")
         self.bar.update()
+        for rank, ratio in self._slow_ranks.newly_slow().items():
+            self.metrics.event(state.step, "slow_rank", rank=rank, ratio=ratio)
+            self.bar.write(
+                f"step {state.step}: rank {rank} is slow: {ratio:.2f} times the median of its stage, for {WINDOW} steps"
+            )
         if result.skipped:
             self.metrics.event(state.step, "skipped", reason=result.skipped, loss=loss, grad_norm=result.grad_norm)
             values = f"loss {loss:.4g}, gradient norm {result.grad_norm:.4g}"

@@ -216,6 +216,8 @@ def test_wandb_that_is_not_installed_is_told_before_anything_is_dropped(tmp_path
 class OneRank:
     """A grid whose sum over the ranks is the value itself."""
 
+    rank, world_size = 0, 1
+
     def sum_over_ranks(self, values):
         return values
 
