@@ -100,18 +100,21 @@ def test_a_dry_run_describes_the_run_and_leaves_no_trace(config_file, tmp_path, 
 
 
 def test_overrides_change_the_run_and_are_written_down(config_file, tmp_path):
-    overrides = ["--model.dim=48", "--training.steps", "3", f"--run_dir={tmp_path / 'other'}"]
+    overrides = ["--model.dim=48", "--training.steps", "5", f"--run_dir={tmp_path / 'other'}"]
     outcome = run_main(config_file, *overrides, "--heads.loss_weights", "[1, 1, 0.5, 0.5]")
     assert outcome.code == 0, outcome.error or outcome.stderr
-    assert len(step_lines(tmp_path / "other")) == 3
+    assert len(step_lines(tmp_path / "other")) == 5
     written = load(RunConfig, tmp_path / "other" / "config.yaml", [])
-    assert (written.model.dim, written.training.steps) == (48, 3)
+    assert (written.model.dim, written.training.steps) == (48, 5)
     assert written.heads.loss_weights == [1.0, 1.0, 0.5, 0.5]
     assert newest(tmp_path / "other").manifest["model"]["dim"] == 48
     assert not (tmp_path / "run").exists()
     # What to expect is said before the first step; of a CPU there is no time.
     (estimate,) = re.findall(r"^estimate: .*", outcome.stdout, flags=re.M)
     assert estimate.endswith("TFLOP a step") and "GiB on the fullest rank" in estimate
+    # And beside it, after 5 steps, what it was.
+    (beside,) = re.findall(r"estimated / measured: ([\d.]+) / ([\d.]+) GiB resident", outcome.stderr + outcome.stdout)
+    assert 0 <= float(beside[0]) < float(beside[1]) < 0.5
 
 
 def test_two_ranks_under_torchrun(config_file, corpus, tmp_path):

@@ -29,19 +29,40 @@ newest_checkpoint() { cat "$run/checkpoints/latest" 2>/dev/null || echo none; }
 
 # Nodes of this job that do not answer, do not see this run's files or Python, or whose health check fails, one a line.
 unhealthy_nodes() {
-  local check=("${HEALTH_CHECK[@]}") all healthy
+  local check=("${HEALTH_CHECK[@]}") healthy
   [ ${#check[@]} -gt 0 ] || check=("$run/code/launch_scripts/slurm/health_check.sh")
-  all=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
   # shellcheck disable=SC2016  # the node expands it
-  healthy=$(timeout 300 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+  timeout 300 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     --mpi=none --kill-on-bad-exit=0 "${SRUN_OPTIONS[@]}" \
-    bash -c '{ [ -r "$1" ] && command -v "$2" && "${@:3}"; } >&2 && echo "$SLURMD_NODENAME"' check \
-    "$run/code/run.yaml" "${IN_CONTAINER[0]:-$PYTHON}" "${check[@]}" 2>>"$logs/health.log")
+    bash -c 'echo "up $SLURMD_NODENAME"
+             { [ -r "$1" ] && command -v "$2" && "${@:3}"; } >&2 && echo "healthy $SLURMD_NODENAME"' check \
+    "$run/code/run.yaml" "${IN_CONTAINER[0]:-$PYTHON}" "${check[@]}" >"$logs/health.txt" 2>>"$logs/health.log"
+  healthy=$(sed -n 's/^healthy //p' "$logs/health.txt")
   if [ -z "$healthy" ]; then
     say "the health check fails on every node, so the check is at fault and no node is avoided; see $logs/health.log" >&2
   else
-    grep -vxF "$healthy" <<<"$all"
+    nodes_of_job | grep -vxF "$healthy"
   fi
+}
+
+nodes_of_job() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
+
+# SLURM (22.05 at least) loses count of a job's GPUs when the job is requeued, which takes until all of its nodes have cleaned
+# up, and one of them is given up meanwhile: the job starts with none, and never gets any again. So nodes that did not answer
+# the health check are left to SLURM, which requeues the job itself when it gives them up; that ends this script.
+await_silent_nodes() {
+  local answered silent timeout
+  answered=$(sed -n 's/^up //p' "$logs/health.txt" 2>/dev/null)
+  [ -n "$answered" ] || return 0
+  silent=$(nodes_of_job | grep -vxF "$answered" | paste -sd,)
+  [ -n "$silent" ] || return 0
+  timeout=$(scontrol show config | sed -nE 's/^SlurmdTimeout *= *([0-9]+) sec.*/\1/p')
+  timeout=$((${timeout:-300} + 60))
+  say "no answer from $silent: SLURM should give it up and requeue this job within $timeout s"
+  trap 'exit 143' TERM
+  sleep "$timeout" &
+  while kill -0 $! 2>/dev/null; do wait $!; done  # a signal had ended `wait`, not the sleep
+  say "SLURM has not requeued this job"
 }
 
 # The node whose rank failed first, from srun's messages; nothing where ranks of several nodes failed at once.
@@ -59,6 +80,7 @@ hanging() {
 # Back into the queue, never again on the nodes given (one a line).
 requeue() {
   local nodes=$1 excluded
+  await_silent_nodes
   # SLURM ends this script by SIGTERM as soon as the job is requeued, but only a job in the queue takes an exclusion.
   trap '' TERM USR1
   nodes=$(paste -sd, <<<"$nodes")

@@ -74,6 +74,10 @@ class Estimate:
     def fits(self) -> bool | None:
         return self.memory.total <= 1e9 * self.device.memory_gb if self.device else None
 
+    @property
+    def _main_rank_bytes(self) -> float:
+        return next(stage.rank_memory.total for stage in self.stages if stage.rank == 0)
+
     def summary(self) -> str:
         """One line: memory, FLOPs and, where the device is known, seconds a step."""
         text = f"estimate: {self.memory.total / GIB:,.1f} GiB on the fullest rank"
@@ -84,13 +88,15 @@ class Estimate:
             text += f" in {self.step.total:,.3g} s (MFU {self.mfu:.1%}); {self.days:,.3g} days for the run"
         return text
 
-    def against(self, seconds: float, allocated_bytes: float) -> str:
-        """One line: the estimate beside a measured step and the tensors' peak on the fullest rank, as the allocator
-        counts it (``torch.cuda.max_memory_allocated``).
+    def against(self, seconds: float, peak_bytes: float, resident: bool = False) -> str:
+        """One line: the estimate beside a measured step and the main rank's peak of memory.
+
+        ``peak_bytes`` are those of tensors (``torch.cuda.max_memory_allocated``), or ``resident`` ones, which hold what
+        malloc keeps as well.
         """
-        tensors = self.memory.tensors.total
-        text = f"estimated / measured: {tensors / GIB:,.2f} / {allocated_bytes / GIB:,.2f} GiB of tensors"
-        text += f" ({tensors / allocated_bytes:.2f})" if allocated_bytes else ""
+        tensors = self._main_rank_bytes
+        text = f"estimated / measured: {tensors / GIB:,.2f} / {peak_bytes / GIB:,.2f} GiB"
+        text += " resident, with freed memory" if resident else f" of tensors ({tensors / peak_bytes:.2f})"
         if self.step:
             return f"{text}; {self.step.total:,.3f} / {seconds:,.3f} s a step ({self.step.total / seconds:.2f})"
         return f"{text}; {seconds:,.3f} s a step"

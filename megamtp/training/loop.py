@@ -20,7 +20,7 @@ from megamtp.errors import RunFailure, UserError
 from megamtp.files import write_atomic
 from megamtp.parallel.groups import ProcessGrid
 from megamtp.training.faults import LONG, StopRequest, fail_together, from_main
-from megamtp.training.metrics import HeadMetrics, reduce_heads, reduce_step
+from megamtp.training.metrics import HeadMetrics, peak_memory, reduce_heads, reduce_step
 from megamtp.training.recovery import newest_whole
 from megamtp.training.run_config import RunConfig
 from megamtp.training.run_log import RunLog, StepTimes
@@ -146,6 +146,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
     if grid.is_main:
         print(describe_data(data, training.steps * training.global_batch_size), flush=True)
 
+    bytes_before = peak_memory(grid.device)
     engine = engine_of_run(config, grid, seed=None if checkpoint else training.seed)
     state = RunState(config, engine)
     if checkpoint:
@@ -157,7 +158,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
         watchdog = Watchdog(run_dir, grid, training.hang_timeout)
         if grid.is_main:
             write_atomic(run_dir / "config.yaml", dump(config).encode())
-            log = RunLog(run_dir, config, grid, state.step)
+            log = RunLog(run_dir, config, grid, state.step, bytes_before)
     if log:
         log.started(checkpoint, damaged, is_over=state.step >= last_step)
     saver = Saver(

@@ -64,12 +64,12 @@ def reduce_step(
     return HeadMetrics(losses, accuracies, int(totals[1, 0])), seconds.tolist()
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak of allocated device memory, or of this process's resident memory on a CPU, in GiB."""
+def peak_memory(device: torch.device) -> int:
+    """Bytes, the peak of allocated device memory, or of this process's resident memory on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class MetricsWriter:

@@ -15,7 +15,7 @@ from megamtp.parallel.groups import ProcessGrid
 from megamtp.planner.estimate import estimate_run
 from megamtp.training.checkpoint import Checkpoint
 from megamtp.training.device import device_peak
-from megamtp.training.metrics import HeadMetrics, MetricsWriter, peak_memory_gib
+from megamtp.training.metrics import HeadMetrics, MetricsWriter, peak_memory
 from megamtp.training.run_config import RunConfig
 from megamtp.training.run_state import RunState
 from megamtp.training.saver import Saved
@@ -33,10 +33,10 @@ class StepTimes(NamedTuple):
 
 
 class RunLog:
-    """Of the main rank alone; closes itself as a context."""
+    """Of the main rank alone; closes itself as a context. ``bytes_before``: its peak memory before the engine."""
 
-    def __init__(self, run_dir: Path, config: RunConfig, grid: ProcessGrid, step: int):
-        self.config, self.grid = config, grid
+    def __init__(self, run_dir: Path, config: RunConfig, grid: ProcessGrid, step: int, bytes_before: int):
+        self.config, self.grid, self._bytes_before = config, grid, bytes_before
         self.metrics = MetricsWriter(run_dir, step, config.monitor)
         self.bar = tqdm(total=config.training.steps, initial=step, unit="step", dynamic_ncols=True)
         self._flops_per_token = train_flops_per_token(config.model, config.data.seq_len)
@@ -98,15 +98,14 @@ class RunLog:
                 "tokens_per_s": tokens_per_s,
                 "tflops": tflops,
                 "mfu": tflops / (self._peak * self.grid.world_size) if self._peak else None,
-                "memory_gib": peak_memory_gib(self.grid.device),
+                "memory_gib": peak_memory(self.grid.device) / 2**30,
                 "epoch": max(epochs.values()),
                 **({"epoch_per_source": epochs} if len(epochs) > 1 else {}),
             }
         )
         self._trained += 1
-        if self._trained == COMPARED_STEP and self.grid.device.type == "cuda":  # a CPU counts what is no tensor
-            estimate = estimate_run(self.config, self.grid.world_size, torch.cuda.get_device_name(self.grid.device))
-            self.bar.write(estimate.against(seconds, torch.cuda.max_memory_allocated(self.grid.device)))
+        if self._trained == COMPARED_STEP:
+            self._compare(seconds)
         self.bar.set_postfix_str(f"loss {_numbers(heads.losses)}, {tokens_per_s:,.0f} tokens/s")
         self.bar.update()
         for rank, ratio in self._slow_ranks.newly_slow().items():
@@ -118,6 +117,15 @@ class RunLog:
             self.metrics.event(state.step, "skipped", reason=result.skipped, loss=loss, grad_norm=result.grad_norm)
             values = f"loss {loss:.4g}, gradient norm {result.grad_norm:.4g}"
             self.bar.write(f"step {state.step}: {result.skipped} ({values}): step skipped on all ranks")
+
+    def _compare(self, seconds: float) -> None:
+        device = self.grid.device
+        on_gpu = device.type == "cuda"
+        estimate = estimate_run(
+            self.config, self.grid.world_size, torch.cuda.get_device_name(device) if on_gpu else None
+        )
+        measured = peak_memory(device) - (0 if on_gpu else self._bytes_before)
+        self.bar.write(estimate.against(seconds, measured, resident=not on_gpu))
 
     def evaluated(self, step: int, sets: dict[str, HeadMetrics], heads: HeadMetrics) -> None:
         """Validation: of each set, and of all together."""

@@ -159,7 +159,17 @@ def test_estimate_beside_what_was_measured():
     tensors = estimate.memory.tensors.total
     line = estimate.against(2 * estimate.step.total, tensors / 2)
     assert "of tensors (2.00)" in line and line.endswith("s a step (0.50)")
-    assert estimate_on(run_config(), 12, None).against(3.0, tensors).endswith("of tensors (1.00); 3.000 s a step")
+    unknown = estimate_on(run_config(), 12, None)
+    assert unknown.against(3.0, tensors).endswith("of tensors (1.00); 3.000 s a step")
+    assert unknown.against(3.0, tensors, resident=True).endswith("GiB resident, with freed memory; 3.000 s a step")
+
+
+def test_the_estimate_beside_the_measurement_is_the_main_ranks():
+    """Not the fullest one's, which has the heads here."""
+    estimate = estimate_on(run_config(parallel={"pipeline": 2, "pipeline_cut": [1, 6]}), 12, SMALL_GPU)
+    first, last = (stage.rank_memory.total for stage in estimate.stages)
+    assert first < 0.9 * last == 0.9 * estimate.memory.tensors.total
+    assert "of tensors (1.00)" in estimate.against(1.0, first)
 
 
 def test_table_of_the_ranking():

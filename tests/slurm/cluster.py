@@ -18,8 +18,6 @@ PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "setp
 # Debian's daemons are where a user's PATH does not look.
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
 
-# builtin: backfill once started a requeued job before its dead node was cleaned up; SLURM 22.05 then loses count of the
-# job's GPUs ("gres/gpu: node offset invalid"), and never has any for it again.
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}
@@ -39,8 +37,8 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
-SchedulerType=sched/builtin
-SchedulerParameters=sched_interval=5
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=5,bf_interval=5
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2

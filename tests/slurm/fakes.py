@@ -19,14 +19,19 @@ FAKES = {
 case $1 in
   show)
     [ "$2" != hostnames ] || tr , '\\n' <<< "$3"
+    [ "$2" != config ] || echo "SlurmdTimeout           = 240 sec"
     [ "$2" != job ] || echo "JobId=7 EndTime=$(date -d "+3 sec" +%FT%T) ExcNodeList=$(cat "$FAKE/excluded") X=1" ;;
   *) echo "scontrol $*" >> "$FAKE/calls" ;;
 esac
 """,
+    # Minutes pass in no time.
+    "sleep": '[ "$1" -lt 300 ] || { echo "sleep $1" >> "$FAKE/calls"; set 1; }; exec /bin/sleep "$1"',
     "srun": """
 if [[ "$*" == *--overlap* ]]; then
   while [[ $1 == -* ]]; do shift; done
-  for node in ${SLURM_JOB_NODELIST//,/ }; do SLURMD_NODENAME=$node "$@"; done
+  for node in ${SLURM_JOB_NODELIST//,/ }; do
+    grep -qx "$node" "$FAKE/silent" || SLURMD_NODENAME=$node "$@"
+  done
   exit 0
 fi
 echo "srun $*" >> "$FAKE/calls"
@@ -45,6 +50,7 @@ class Run:
             (self.fake / name).write_text("#!/bin/bash\n" + body)
             (self.fake / name).chmod(0o755)
         (self.fake / "excluded").write_text("(null)")
+        (self.fake / "silent").write_text("")
         (self.fake / "in_queue").write_text("")
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         self.environment |= {"PATH": f"{self.fake}:{os.environ['PATH']}", "FAKE": str(self.fake), "RUN": str(self.dir)}

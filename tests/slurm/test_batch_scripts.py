@@ -279,6 +279,29 @@ export -f command
     assert run.run(0, "touch $FAKE/started")[2] == [*REQUEUED, "scontrol update JobId=7 ExcNodeList=n2"]
 
 
+def failing_with_silent(node: str) -> str:
+    return f'echo {node} > "$FAKE/silent"; echo "srun: error: {node}: task 1: Killed" >&2; exit 137'
+
+
+def test_a_node_that_does_not_answer_is_left_to_slurm_for_a_while(run):
+    """SLURM requeues the job when it gives the node up, and a requeue just before would cost the job its GPUs."""
+    code, output, calls = run.run(0, saving(10) + failing_with_silent("n2"))
+    assert (code, calls) == (0, [*REQUEUED, "scontrol update JobId=7 ExcNodeList=n2"])
+    assert "no answer from n2: SLURM should give it up and requeue this job within 300 s" in output
+    assert "sleep 300" in (run.fake / "calls").read_text()
+
+
+def test_slurm_ends_the_script_that_waits_for_it(run):
+    (run.fake / "sleep").write_text('#!/bin/bash\necho "sleep $1" >> "$FAKE/calls"; exec /bin/sleep 20\n')
+    process = run.start(0, saving(10) + failing_with_silent("n2"))
+    wait_for(run.fake / "calls")
+    while "sleep 300" not in (run.fake / "calls").read_text():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=10)
+    assert (process.returncode, run.calls()) == (143, []), output
+
+
 def test_a_check_that_fails_everywhere_accuses_no_node(run):
     run.site(site_where_sick(*NODES))
     code, output, calls = run.run(0, saving(10))

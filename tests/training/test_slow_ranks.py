@@ -101,7 +101,7 @@ def test_a_slow_rank_is_told_and_changes_nothing(corpus, tmp_path, where):
     ids=["one", "1f1b", "dualpipev"],
 )
 def test_the_parts_of_a_step_are_logged(corpus, tmp_path, world_size, layout):
-    changes = {"training.steps": 4, "training.eval_every": 2} | layout
+    changes = {"training.steps": 6, "training.eval_every": 2} | layout
     run_ranks(world_size, run_training, run_config(tmp_path, corpus, changes))
     for line in step_lines(tmp_path):
         parts = line["seconds_per_part"]
