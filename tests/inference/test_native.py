@@ -84,10 +84,10 @@ def test_a_branch_that_is_taken_is_moved_to_its_place():
 
     for layer, row, number in itertools.product(range(3), range(2), range(40)):
         source = {30: 31, 31: 33}.get(number, number) if layer < 2 and row == 1 else number
-        for now, then in zip(
+        for moved, original in zip(
             slot(cache.keys, cache.values, layer, row, number), slot(keys, values, layer, row, source), strict=True
         ):
-            assert torch.equal(now, then), (layer, row, number)
+            assert torch.equal(moved, original), (layer, row, number)
     cache.move_row(1, 0, 40)
     assert torch.equal(cache.keys[:, 0, :, 0], cache.keys[:, 1, :, 0])
     assert torch.equal(cache.values[:, 0, :, :, :40], cache.values[:, 1, :, :, :40])

@@ -270,13 +270,13 @@ def test_the_scripts_as_they_are_fit_a_cluster_of_32_nodes_of_8_gpus(cluster, tm
     del cluster  # wanted for its skip alone
     with Cluster(tmp_path, nodes=32, cpus=128, **gpus(tmp_path)) as large:
 
-        def test_only(script: str, *options: str) -> subprocess.CompletedProcess:
+        def only_tested(script: str, *options: str) -> subprocess.CompletedProcess:
             command = ["sbatch", "--test-only", *options, str(ROOT / "launch_scripts/slurm" / script), str(tmp_path)]
             return subprocess.run(command, env=large.environment, capture_output=True, text=True, timeout=30)
 
         for script, nodes in (("pretrain_13b.sbatch", "n[1-32]"), ("pretrain_node.sbatch", "n1")):
-            accepted = test_only(script)
+            accepted = only_tested(script)
             assert accepted.returncode == 0 and f"on nodes {nodes} " in accepted.stderr, accepted.stderr
         # So the judge does judge.
-        assert test_only("pretrain_13b.sbatch", "--gpus-per-node=9").returncode != 0
-        assert test_only("pretrain_13b.sbatch", "--nodes=33").returncode != 0
+        assert only_tested("pretrain_13b.sbatch", "--gpus-per-node=9").returncode != 0
+        assert only_tested("pretrain_13b.sbatch", "--nodes=33").returncode != 0

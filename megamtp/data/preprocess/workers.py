@@ -159,7 +159,7 @@ def _run(connection: Connection, inherited: list[Connection], work: Callable[[An
                 raise
             except UserError as error:
                 connection.send_bytes(b"E" + pickle.dumps(error))
-            except Exception:
+            except Exception:  # raised again in the parent, with this traceback
                 error = RuntimeError(f"at {unit}:\n{traceback.format_exc()}")
                 connection.send_bytes(b"E" + pickle.dumps(error))
     except (EOFError, BrokenPipeError, ConnectionResetError):
