@@ -1,4 +1,5 @@
 import os
+import subprocess
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,3 +20,21 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that gives an empty file system of so many bytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(n_bytes: int) -> Path:
+        option = "remount," if os.path.ismount(folder) else ""
+        command = ["mount", "-t", "tmpfs", "-o", f"{option}size={n_bytes}", "tmpfs", str(folder)]
+        if os.getuid() or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("cannot mount a small disk here")
+        return folder
+
+    yield mount
+    if os.path.ismount(folder):
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from megamtp.config import config_dataclass, option
 from megamtp.engine.monitor import WandbRun
 from megamtp.parallel.groups import ProcessGrid
+from megamtp.training.board import Board
 
 
 @config_dataclass
@@ -94,8 +95,7 @@ class MetricsWriter:
         step = record["step"]
         numbers = list(_scalars("", {key: value for key, value in record.items() if key not in ("step", "time")}))
         if self._board:
-            for tag, number in numbers:
-                self._board.add_scalar(tag, number, step)
+            self._board.write(numbers, step)
         if self._wandb:
             self._wandb.write(numbers, step)
 
@@ -119,12 +119,8 @@ class MetricsWriter:
         if self._wandb:
             self._wandb.close()
 
-    def _open_board(self, step: int) -> Any:
-        # DeepSpeed's TensorBoardMonitor makes its writer without purge_step: where a run resumes, the steps that
-        # are done again would be drawn twice.
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
+    def _open_board(self, step: int) -> Board:
+        return Board(self.path.parent / "tensorboard", step)
 
     def _open_file(self, step: int) -> BinaryIO:
         kept = _lines_up_to(self.path, step) if self.path.exists() else []

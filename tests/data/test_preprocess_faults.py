@@ -191,24 +191,6 @@ def test_a_killed_rank(seed, job, tmp_path):
 # --- a full disk
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A function that gives an empty file system of so many bytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(n_bytes: int) -> Path:
-        option = "remount," if os.path.ismount(folder) else ""
-        command = ["mount", "-t", "tmpfs", "-o", f"{option}size={n_bytes}", "tmpfs", str(folder)]
-        if os.getuid() or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("cannot mount a small disk here")
-        return folder
-
-    yield mount
-    if os.path.ismount(folder):
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("texts", ["long", "tiny"])  # tokens fill the disk, or lengths and boundaries
 def test_a_full_disk(texts, small_disk, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 1 << 17)
