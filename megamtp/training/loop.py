@@ -153,72 +153,73 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
         checkpoint.load_into(engine, verified=True)
         state.load(checkpoint)
     last_step = min(training.steps, training.stop_after or training.steps)
-    log = None
-    with fail_together(grid, UserError, OSError):
-        watchdog = Watchdog(run_dir, grid, training.hang_timeout)
-        if grid.is_main:
-            write_atomic(run_dir / "config.yaml", dump(config).encode())
-            log = RunLog(run_dir, config, grid, state.step, bytes_before)
-    if log:
-        log.started(checkpoint, damaged, is_over=state.step >= last_step)
-    saver = Saver(
-        run_dir / "checkpoints",
-        engine,
-        keep=training.keep_checkpoints,
-        keep_every=training.keep_every,
-        background=training.background_save,
-    )
-    micro_batches = config.micro_batches(grid.world_size)
-
-    def save() -> None:
-        watchdog.mark(state.step, "checkpoint")
-        position = loader and loader.state_dict()  # that of the main rank is written
-        before = saver.save(
-            step=state.step, model_config=asdict(config.model), state={"loader": position, **state.state_dict()}
+    # Before the run begins to leave its files: who sees them may want to stop it.
+    with StopRequest() as stop:
+        log = stop_signal = None
+        with fail_together(grid, UserError, OSError):
+            watchdog = Watchdog(run_dir, grid, training.hang_timeout)
+            if grid.is_main:
+                write_atomic(run_dir / "config.yaml", dump(config).encode())
+                log = RunLog(run_dir, config, grid, state.step, bytes_before)
+        if log:
+            log.started(checkpoint, damaged, is_over=state.step >= last_step)
+        saver = Saver(
+            run_dir / "checkpoints",
+            engine,
+            keep=training.keep_checkpoints,
+            keep_every=training.keep_every,
+            background=training.background_save,
         )
-        if log:
-            log.saved(before)
+        micro_batches = config.micro_batches(grid.world_size)
 
-    def evaluate() -> None:
-        watchdog.mark(state.step, "evaluation")
-        sets, heads = evaluate_sets(config, grid, engine, data, validation_samples, watchdog.moved)
-        if log and sets:
-            log.evaluated(state.step, sets, heads)
-
-    stop_signal = None
-    ending = closing(loader) if loader else nullcontext()
-    with StopRequest() as stop, log or nullcontext(), ending, dead_workers_told(), watchdog:
-        while state.step < last_step and stop_signal is None:
-            started = time.perf_counter()
-            watchdog.mark(state.step, "data")
-            batches = loader.next_step() if loader else [None] * micro_batches
-            waited = time.perf_counter() - started
-            watchdog.mark(state.step, "training")
-            lr = learning_rate(state.step, training.steps, config.optimizer.lr, config.schedule)
-            result = engine.train_step(batches, lr)
-            own = waited + engine.timer.seconds("forward")["forward"]
-            heads, of_ranks = reduce_step(result.sums, result.counts, result.correct, own, grid)
-            times = StepTimes(time.perf_counter() - started, {"data": waited, **engine.timer.seconds()}, of_ranks)
-            state.count(result.skipped)
+        def save() -> None:
+            watchdog.mark(state.step, "checkpoint")
+            position = loader and loader.state_dict()  # that of the main rank is written
+            before = saver.save(
+                step=state.step, model_config=asdict(config.model), state={"loader": position, **state.state_dict()}
+            )
             if log:
-                log.trained(state, heads, result, lr, times, loader.epochs)
-                log.saved(saver.finished())
-            if state.guard.gives_up:
-                go_back(config, grid, engine, saver, state, log)
-                save()
-                continue
-            stop_signal = stop.agreed(grid)
-            at_end = state.step == last_step
-            is_due = bool(training.eval_every) and state.step % training.eval_every == 0
-            if at_end or is_due and not stop_signal:
-                evaluate()
-            if training.checkpoint_every and state.step % training.checkpoint_every == 0 or at_end or stop_signal:
-                save()
-        watchdog.mark(state.step, "checkpoint")
-        saved = saver.wait()
-        if log:
-            log.saved(saved)
-            log.stopped(state.step, stop_signal)
+                log.saved(before)
+
+        def evaluate() -> None:
+            watchdog.mark(state.step, "evaluation")
+            sets, heads = evaluate_sets(config, grid, engine, data, validation_samples, watchdog.moved)
+            if log and sets:
+                log.evaluated(state.step, sets, heads)
+
+        ending = closing(loader) if loader else nullcontext()
+        with log or nullcontext(), ending, dead_workers_told(), watchdog:
+            while state.step < last_step and stop_signal is None:
+                started = time.perf_counter()
+                watchdog.mark(state.step, "data")
+                batches = loader.next_step() if loader else [None] * micro_batches
+                waited = time.perf_counter() - started
+                watchdog.mark(state.step, "training")
+                lr = learning_rate(state.step, training.steps, config.optimizer.lr, config.schedule)
+                result = engine.train_step(batches, lr)
+                own = waited + engine.timer.seconds("forward")["forward"]
+                heads, of_ranks = reduce_step(result.sums, result.counts, result.correct, own, grid)
+                times = StepTimes(time.perf_counter() - started, {"data": waited, **engine.timer.seconds()}, of_ranks)
+                state.count(result.skipped)
+                if log:
+                    log.trained(state, heads, result, lr, times, loader.epochs)
+                    log.saved(saver.finished())
+                if state.guard.gives_up:
+                    go_back(config, grid, engine, saver, state, log)
+                    save()
+                    continue
+                stop_signal = stop.agreed(grid)
+                at_end = state.step == last_step
+                is_due = bool(training.eval_every) and state.step % training.eval_every == 0
+                if at_end or is_due and not stop_signal:
+                    evaluate()
+                if training.checkpoint_every and state.step % training.checkpoint_every == 0 or at_end or stop_signal:
+                    save()
+            watchdog.mark(state.step, "checkpoint")
+            saved = saver.wait()
+            if log:
+                log.saved(saved)
+                log.stopped(state.step, stop_signal)
     if saved and saved.error:
         raise RunFailure(
             f"the last checkpoint was not written: {saved.error}; mend that, and run the same command again"
