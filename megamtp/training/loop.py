@@ -27,7 +27,7 @@ from megamtp.training.run_log import RunLog, StepTimes
 from megamtp.training.run_state import RunState
 from megamtp.training.saver import Saver
 from megamtp.training.schedule import learning_rate
-from megamtp.training.watchdog import Watchdog
+from megamtp.training.watchdog import SAVE_PATIENCE, Watchdog
 
 T = TypeVar("T")
 
@@ -173,7 +173,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
         micro_batches = config.micro_batches(grid.world_size)
 
         def save() -> None:
-            watchdog.mark(state.step, "checkpoint")
+            watchdog.mark(state.step, "checkpoint", SAVE_PATIENCE)
             position = loader and loader.state_dict()  # that of the main rank is written
             before = saver.save(
                 step=state.step, model_config=asdict(config.model), state={"loader": position, **state.state_dict()}
@@ -215,7 +215,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
                     evaluate()
                 if training.checkpoint_every and state.step % training.checkpoint_every == 0 or at_end or stop_signal:
                     save()
-            watchdog.mark(state.step, "checkpoint")
+            watchdog.mark(state.step, "checkpoint", SAVE_PATIENCE)
             saved = saver.wait()
             if log:
                 log.saved(saved)

@@ -25,6 +25,7 @@ TICKS = 40  # of a time-out
 FIRST_LOOK = 30  # tick of a standstill at which beats are remembered; file systems may show them late by up to a minute
 LAST_WAIT = 50  # tick at which a rank stops waiting for a lower one to judge
 BEAT_BYTES = 1024
+SAVE_PATIENCE = 10  # time-outs that a save may take: a slow file system is no hang
 STATES = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waits for a disk or file system", "Z": "dead"}
 
 
@@ -52,7 +53,7 @@ class Watchdog:
 
     def __init__(self, run_dir: Path, grid: ProcessGrid, timeout: float | None):
         self.run_dir, self.folder, self.grid, self.timeout = run_dir, run_dir / "watchdog", grid, timeout
-        self._step, self._part, self._marks, self._moves = 0, "start", 0, 0
+        self._step, self._part, self._patience, self._marks, self._moves = 0, "start", 1, 0, 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
         self._host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -82,9 +83,12 @@ class Watchdog:
             if is_empty:
                 self.stacks(self.grid.rank).unlink()
 
-    def mark(self, step: int, part: str) -> None:
-        """This rank begins ``part`` of the step after ``step``. All ranks pass the same marks in the same order."""
-        self._step, self._part, self._marks = step, part, self._marks + 1
+    def mark(self, step: int, part: str, patience: int = 1) -> None:
+        """This rank begins ``part`` of the step after ``step``, which may take ``patience`` time-outs.
+
+        All ranks pass the same marks in the same order.
+        """
+        self._step, self._part, self._patience, self._marks = step, part, patience, self._marks + 1
         self.moved()
 
     def moved(self) -> None:
@@ -92,21 +96,25 @@ class Watchdog:
         self._moves += 1
         if self.timeout:
             # By a thread that is not Python's: it also sees a main thread that holds the interpreter's lock.
-            faulthandler.dump_traceback_later(self.timeout * FIRST_LOOK / TICKS, file=self._stacks)
+            faulthandler.dump_traceback_later(self._limit * FIRST_LOOK / TICKS, file=self._stacks)
 
     def stacks(self, rank: int | str) -> Path:
         """Where ``rank`` dumps the stacks of its threads."""
         return self.folder / f"rank-{rank}.stacks"
 
     @property
+    def _limit(self) -> float:
+        return self.timeout * self._patience
+
+    @property
     def _verdict(self) -> Path:
         return self.folder / "verdict"
 
     def _run(self) -> None:
-        beat, seen, still, first = 0, -1, 0, None
+        beat, seen, still, first = 0, -1, 0.0, None
         while not self._ended.wait(self.timeout / TICKS):
             beat += 1
-            still = still + 1 if seen == self._moves and seen > 0 else 0
+            still = still + 1 / self._patience if seen == self._moves and seen > 0 else 0.0
             seen = self._moves
             self._write(beat)
             if still < FIRST_LOOK:
@@ -126,14 +134,14 @@ class Watchdog:
     def _judge(self, beats: list[Beat | None], silent: list[int]) -> None:
         """Tell who hangs, and end. The others see the verdict, and end with the same code."""
         hanging = find_hanging(beats, silent)
-        told = describe(beats, hanging, silent, self.timeout, self._host)
+        told = describe(beats, hanging, silent, self._limit, self._host)
         told.append(f"hang: the stacks of each rank's threads are in {self.stacks('*')}")
         print("", *told, sep="\n", file=sys.stderr, flush=True)  # the progress bar has not ended its line
         hosts = sorted({beats[rank].host for rank in hanging if beats[rank]})
         try:
             self._verdict.touch()
             append_event(
-                self.run_dir, self._step, "hang", ranks=hanging, hosts=hosts, part=self._part, seconds=self.timeout
+                self.run_dir, self._step, "hang", ranks=hanging, hosts=hosts, part=self._part, seconds=self._limit
             )
             time.sleep(3 * self.timeout / TICKS)
         except OSError as error:

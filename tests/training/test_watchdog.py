@@ -109,11 +109,11 @@ def test_a_run_that_is_suspended_for_longer_goes_on(corpus, tmp_path):
 
 
 def run_slowly(grid, config) -> int:
-    """The micro-batches of the evaluation together take longer than the time-out."""
+    """The evaluation and the save take longer than the time-out."""
     from megamtp.engine.engine import Engine
-    from megamtp.training import loop
+    from megamtp.training import loop, saver
 
-    forward = Engine._forward
+    forward, write = Engine._forward, saver.write_checkpoint
 
     def slow_forward(self, *args):
         time.sleep(0.4 * config.training.hang_timeout)
@@ -125,11 +125,15 @@ def run_slowly(grid, config) -> int:
         Engine._forward = slow_forward
         return evaluate(self, batches)
 
-    Engine.evaluate = slow_evaluate
+    def slow_write(*args, **options):
+        time.sleep(1.5 * config.training.hang_timeout)
+        return write(*args, **options)
+
+    Engine.evaluate, saver.write_checkpoint = slow_evaluate, slow_write
     return loop.train(config, grid)
 
 
-def test_a_long_evaluation_is_no_hang_and_leaves_no_stacks(corpus, tmp_path):
+def test_a_long_evaluation_or_save_is_no_hang_and_leaves_no_stacks(corpus, tmp_path):
     changes = {"training.hang_timeout": 2, "training.steps": 2, "training.eval_samples": 8, "parallel.zero_stage": 0}
     assert run_rank(run_slowly, run_config(tmp_path, corpus, changes)) == 0
     assert not list((tmp_path / "watchdog").glob("*.stacks"))
