@@ -172,7 +172,7 @@ def _write_beat(path: Path, beat: Beat) -> None:
 
     One write that is never shorter, so that a reader at the same moment does not meet half of it.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         os.write(descriptor, json.dumps(beat._asdict()).encode().ljust(BEAT_BYTES))
     finally:
@@ -223,7 +223,8 @@ def describe(beats: list[Beat | None], hanging: list[int], silent: list[int], ti
         for rank, beat in enumerate(beats)
         if beat and rank not in hanging
     )
-    return lines + [f"hang: {count} ranks wait {place}" for place, count in others.most_common(5)]
+    n = len(beats)
+    return lines + [f"hang: waiting, {count} of {n} ranks: {place}" for place, count in others.most_common(5)]
 
 
 def _process_state(pid: int) -> str | None:

@@ -155,9 +155,9 @@ def test_a_node_that_dies_does_not_end_the_run(cluster, corpus, tmp_path, which)
     assert [exact(line) for line in step_lines(run_dir)] == expected
 
 
-def wait_for(path: Path, run_dir: Path, timeout: float = 120) -> None:
+def wait_for(path: Path, run_dir: Path, timeout: float = 120, containing: str = "") -> None:
     deadline = time.monotonic() + timeout
-    while not path.exists():
+    while not path.exists() or containing not in path.read_text():
         assert time.monotonic() < deadline, logs(run_dir)
         time.sleep(0.2)
 
@@ -224,7 +224,7 @@ def test_a_run_that_someone_stops_saves_and_stays_ended(cluster, corpus, tmp_pat
     tree, run_dir = make_tree(tmp_path / "tree", PAUSE.format(seconds=0.5)), tmp_path / "run"
     changes = LAYOUT | {"training.steps": 1000}
     job = submit(cluster, tree, run_dir, config_dict(run_dir, corpus, changes))
-    wait_for(run_dir / "metrics.jsonl", run_dir)
+    wait_for(run_dir / "metrics.jsonl", run_dir, containing='"loss"')  # before its first step there is nothing to save
     cluster.command("scancel", *([option] if option else []), job)
     ended = cluster.wait(job, timeout=60)
     assert (ended["JobState"], ended["Restarts"]) == (state, "0"), logs(run_dir)

@@ -78,7 +78,7 @@ def test_two_ranks(corpus, tmp_path, victim, where, strike, told, stack, codes):
     assert tuple(outcome.code for outcome in outcomes) == codes
     judge = next(outcome for outcome in outcomes if outcome.code == EXIT_HANG)
     assert f"\nhang: rank {victim} on " in judge.stderr and told in judge.stderr, judge.stderr
-    assert "hang: 1 ranks wait in training after step 3" in judge.stderr
+    assert "hang: waiting, 1 of 2 ranks: in training after step 3" in judge.stderr
     (event,) = events(tmp_path, "hang")
     assert (event["ranks"], event["step"]) == ([victim], STRIKE - 1)
     if stack:
@@ -98,7 +98,7 @@ def test_the_same_command_goes_on(corpus, tmp_path):
 def test_one_rank(corpus, tmp_path):
     (outcome,) = start_ranks(1, run_struck, run_config(tmp_path, corpus, CHANGES), 0, "data", sit_in_python)
     assert outcome.code == EXIT_HANG
-    assert "hang: rank 0 on " in outcome.stderr and "ranks wait" not in outcome.stderr
+    assert "hang: rank 0 on " in outcome.stderr and "waiting" not in outcome.stderr
     assert "sit_in_python" in (tmp_path / "watchdog" / "rank-0.stacks").read_text()
 
 
@@ -172,7 +172,7 @@ def test_it_is_told_where_nobody_can_be_named():
     told = describe(beats((7, True), (7, True)), [], [], 60, "elsewhere")
     assert told == [
         "hang: all 2 ranks stand still for 60 s, which one is to blame is not known",
-        "hang: 2 ranks wait in training after step 3, f.py:1 f",
+        "hang: waiting, 2 of 2 ranks: in training after step 3, f.py:1 f",
     ]
     assert describe([None, *beats((7, True))], [0], [0], 60, "here")[0] == (
         "hang: rank 0 has given no sign of life since the start"
