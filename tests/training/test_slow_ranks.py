@@ -110,3 +110,22 @@ def test_the_parts_of_a_step_are_logged(corpus, tmp_path, world_size, layout):
         assert sum(parts.values()) <= line["seconds"]
         assert world_size > 1 or sum(parts.values()) > 0.7 * line["seconds"]
         assert "slowest_rank" not in line
+
+
+@pytest.mark.gpu
+def test_parts_of_a_gpu_are_those_of_its_stream():
+    """Products that the host only queues are counted where they run, and nothing waits for them until they are read."""
+    timer, matrix = PartTimer(torch.device("cuda")), torch.randn(8192, 8192, device="cuda")
+    for _ in range(2):  # the second time with events that are used again
+        timer.clear()
+        started = time.perf_counter()
+        with timer.part("forward"):
+            for _ in range(10):
+                matrix @ matrix
+        with timer.part("backward"):
+            matrix + 1
+        queued = time.perf_counter() - started
+        seconds = timer.seconds("forward")["forward"]
+        elapsed = time.perf_counter() - started
+    assert queued < 0.5 * seconds and 0.5 * elapsed < seconds <= elapsed
+    assert timer.seconds()["backward"] < 0.2 * seconds
