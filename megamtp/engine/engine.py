@@ -299,7 +299,8 @@ def _prepare_for_partitioning(model: MultiTokenModel) -> None:
     from deepspeed.utils import set_z3_leaf_modules
 
     set_z3_leaf_modules(model, [Block])  # gathered as a whole, which is also fewer and larger messages
-    register_external_parameter(model.output_heads, model.output_heads.output.weight)
+    for weight in model.output_heads.output_weights():
+        register_external_parameter(model.output_heads, weight)
 
 
 def deepspeed_config(parallel: ParallelConfig, precision: Precision, micro_batch_size: int, micro_batches: int) -> dict:

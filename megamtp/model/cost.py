@@ -44,24 +44,25 @@ def block_parameters(config: ModelConfig, tensor: int = 1) -> int:
 
 
 def table_parameters(config: ModelConfig, tensor: int = 1) -> int:
-    """Parameters of the embedding, or of the unembedding, on one of ``tensor`` ranks that share it."""
+    """Parameters of the embedding, or of an unembedding, on one of ``tensor`` ranks that share it."""
     return share(config.padded_vocab_size, tensor) * config.dim
 
 
 def layer_parameters(config: ModelConfig, tensor: int = 1) -> list[int]:
     """Parameters of each layer of the model's list, on one of ``tensor`` ranks that share it.
 
-    The list is [embedding, a trunk block each, all heads with their norm and unembedding].
+    The list is [embedding, a trunk block each, all heads with their norm and unembeddings].
     """
     table, block = table_parameters(config, tensor), block_parameters(config, tensor)
-    heads = config.n_future_tokens * block + config.dim + table
+    heads = config.n_future_tokens * block + config.dim + config.n_unembeddings * table
     return [table, *[block] * config.n_trunk_layers, heads]
 
 
 def parameters(config: ModelConfig) -> Parameters:
     """Parameters by part."""
     table, block = table_parameters(config), block_parameters(config)
-    return Parameters(table, config.n_trunk_layers * block, config.n_future_tokens * block, config.dim, table)
+    heads, unembedding = config.n_future_tokens * block, config.n_unembeddings * table
+    return Parameters(table, config.n_trunk_layers * block, heads, config.dim, unembedding)
 
 
 def block_forward_flops(config: ModelConfig, seq_len: int) -> float:

@@ -1,6 +1,7 @@
-"""The n heads, their shared norm and unembedding, and the loss (arXiv:2404.19737, section 2).
+"""The n heads, their shared norm, their unembedding, and the loss (arXiv:2404.19737, section 2).
 
-Head k is one transformer block that reads the trunk's output z; its target is the k-th next token.
+Head k is one transformer block that reads the trunk's output z; its target is the k-th next token. All heads share
+one unembedding, or each has its own (``replicated_unembedding``).
 The loss is ``sum_k weight_k * (summed cross-entropy of head k) / divisor``, the divisor a constant (b x s):
 masking and micro-batch size then leave the gradient unchanged.
 
@@ -84,6 +85,7 @@ class HeadLosses(NamedTuple):
 class MultiTokenHeads(nn.Module):
     """z (b, s, d) -> losses of n heads; parameters ``heads.{k}.*``, ``norm.weight``, ``output.weight``.
 
+    With ``replicated_unembedding`` the last is ``output.{k}.weight``, one for each head.
     Raises ``ValueError`` where the number of loss weights is not n.
     """
 
@@ -101,20 +103,31 @@ class MultiTokenHeads(nn.Module):
             ops = replace(ops, recompute="none")
         self.heads = nn.ModuleList(Block(config, ops, tp) for _ in range(n))
         self.norm = RMSNorm(config, ops, tp)
-        self.output = ColumnParallel(config.dim, config.padded_vocab_size, tp)
-        self.n_rows = min(config.vocab_size - self.output.shard.start, len(self.output.weight))  # that are not padding
+        # Not inside the heads: their blocks are what ZeRO-3 gathers and reduces as a whole.
+        outputs = [ColumnParallel(config.dim, config.padded_vocab_size, tp) for _ in range(config.n_unembeddings)]
+        self.output = nn.ModuleList(outputs) if config.replicated_unembedding else outputs[0]
+        shard, rows = outputs[0].shard, len(outputs[0].weight)
+        self.vocab_start, self.n_rows = shard.start, min(config.vocab_size - shard.start, rows)  # not padding
 
-    @property
-    def unembedding(self) -> Tensor:
+    def output_weights(self) -> list[nn.Parameter]:
+        """The matrices of all unembeddings, padding rows included: one, or one for each head."""
+        return [layer.weight for layer in (self.output if isinstance(self.output, nn.ModuleList) else [self.output])]
+
+    def output_weight(self, k: int) -> nn.Parameter:
+        """The matrix that head k (0-based) uses, padding rows included."""
+        weights = self.output_weights()
+        return weights[k % len(weights)]
+
+    def unembedding(self, k: int) -> Tensor:
         """(V, d): this rank's rows of real tokens. Padding rows never meet a hidden state, so they cannot leak."""
-        return self.output.weight[: self.n_rows]
+        return self.output_weight(k)[: self.n_rows]
 
     @property
     def vocabulary(self) -> dict[str, Any]:
         """What the cross-entropy needs to know of a split vocabulary."""
         if self.tp.size == 1:
             return {}
-        return {"vocab_start": self.output.shard.start, "vocab_size": self.vocab_size, "split": self.tp}
+        return {"vocab_start": self.vocab_start, "vocab_size": self.vocab_size, "split": self.tp}
 
     def hidden(self, k: int, z: Tensor, inputs: BlockInputs) -> Tensor:
         """What head k (0-based) gives to the unembedding: (b, s, d), or this rank's slice of the sequence."""
@@ -127,7 +140,7 @@ class MultiTokenHeads(nn.Module):
     def logits(self, z: Tensor, inputs: BlockInputs) -> Tensor:
         """All heads' logits (n, b, s, V), of this rank's V. For tests and short prompts: training never holds them."""
         hidden = (self.tp.enter(self.hidden(k, z, inputs)) for k in range(len(self.heads)))
-        return torch.stack([x @ self.unembedding.t() for x in hidden])
+        return torch.stack([x @ self.unembedding(k).t() for k, x in enumerate(hidden)])
 
     def loss(self, z: Tensor, targets: Tensor, inputs: BlockInputs) -> HeadLosses:
         """z (b, s, d), targets (n, b, s) with ``IGNORE_INDEX`` where masked -> losses over all heads."""
@@ -151,7 +164,7 @@ class MultiTokenHeads(nn.Module):
         if cross_entropy is not reference_linear_cross_entropy:
             options = {"chunk_tokens": self.chunk_tokens, "backend": self.backend, **self.vocabulary}
         hidden = self.tp.enter(self.hidden(k, z, inputs)).flatten(0, 1)
-        return cross_entropy(hidden, self.unembedding, targets.flatten(), **options)
+        return cross_entropy(hidden, self.unembedding(k), targets.flatten(), **options)
 
     def _joint_loss(self, z: Tensor, targets: Tensor, inputs: BlockInputs, scales: list[float]) -> HeadLosses:
         n = len(self.heads)
@@ -159,11 +172,11 @@ class MultiTokenHeads(nn.Module):
         return HeadLosses(
             *_JointLoss.apply(
                 hidden.flatten(1, 2),
-                self.unembedding,
                 targets.flatten(1),
                 scales,
                 (self.chunk_tokens, self.backend),
                 self.vocabulary,
+                *(weight[: self.n_rows] for weight in self.output_weights()),
             )
         )
 
@@ -174,26 +187,36 @@ def _combine(losses: list[TokenLosses], scales: list[float]) -> HeadLosses:
 
 
 class _JointLoss(torch.autograd.Function):
-    """One chunked linear cross-entropy per head's hidden state, one accumulator for the unembedding's gradient."""
+    """One chunked linear cross-entropy per head's hidden state, one accumulator for each unembedding's gradient."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scales, how, vocabulary):
-        dhidden, dweight, losses = torch.empty_like(hidden), None, []
-        workspace = Workspace(hidden.shape[1], weight, *how)
-        for k, scale in enumerate(scales):
-            result = linear_cross_entropy_with_grads(
-                hidden[k], weight, targets[k], grad_scale=scale, dweight=dweight, workspace=workspace, **vocabulary
-            )
-            dhidden[k], dweight = result.dhidden, result.dweight
-            losses.append(result.losses)
-        ctx.grads = [dhidden, dweight.to(weight.dtype)]
+    def forward(ctx, hidden, targets, scales, how, vocabulary, *weights):
+        dhidden, dweights, losses = torch.empty_like(hidden), [], []
+        workspace, sharing = Workspace(hidden.shape[1], weights[0], *how), len(scales) // len(weights)
+        for i, weight in enumerate(weights):
+            dweight = None
+            for k in range(i * sharing, (i + 1) * sharing):  # the heads that share it: all, or one
+                result = linear_cross_entropy_with_grads(
+                    hidden[k],
+                    weight,
+                    targets[k],
+                    grad_scale=scales[k],
+                    dweight=dweight,
+                    workspace=workspace,
+                    **vocabulary,
+                )
+                dhidden[k], dweight = result.dhidden, result.dweight
+                losses.append(result.losses)
+            dweights.append(dweight.to(weight.dtype))
+            del result  # which holds the accumulator
+        ctx.grads = [dhidden, *dweights]
         return _mark(ctx, _combine(losses, scales))
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        dhidden, dweight = scale_in_place(ctx.grads, dloss)
+        dhidden, *dweights = scale_in_place(ctx.grads, dloss)
         del ctx.grads
-        return dhidden, dweight, None, None, None, None
+        return dhidden, None, None, None, None, *dweights
 
 
 class _SequentialHeads(torch.autograd.Function):
@@ -206,18 +229,19 @@ class _SequentialHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, module: MultiTokenHeads, targets, inputs, scales, z, *parameters):
-        weight, sink = module.output.weight, module.sink
+        outputs, sink = set(module.output_weights()), module.sink
         # All there before the first head: a gradient that lands among a head's activations would split the memory
         # that the next head needs in one piece, and the peak would grow with n.
         if sink is None:
-            grads = {parameter: torch.zeros_like(parameter) for parameter in parameters if parameter is not weight}
+            grads = {parameter: torch.zeros_like(parameter) for parameter in parameters if parameter not in outputs}
             # Padding rows of the vocabulary keep a gradient of zero.
             wide = torch.promote_types(z.dtype, torch.float32)
-            grads[weight] = torch.zeros(weight.shape, dtype=wide, device=z.device)
+            for weight in outputs:
+                grads[weight] = torch.zeros(weight.shape, dtype=wide, device=z.device)
         else:
             grads = {parameter: sink.accumulator(parameter) for parameter in parameters}
         dz, losses = torch.zeros_like(z), []
-        workspace = Workspace(targets[0].numel(), module.unembedding, module.chunk_tokens, module.backend)
+        workspace = Workspace(targets[0].numel(), module.unembedding(0), module.chunk_tokens, module.backend)
         for k, scale in enumerate(scales):
             own = [*module.heads[k].parameters(), module.norm.weight]
             with torch.enable_grad():
@@ -225,10 +249,10 @@ class _SequentialHeads(torch.autograd.Function):
                 hidden = module.hidden(k, z_k, inputs)
             result = linear_cross_entropy_with_grads(
                 module.tp.whole_sequence(hidden.detach()).flatten(0, 1),
-                module.unembedding.detach(),
+                module.unembedding(k).detach(),
                 targets[k].flatten(),
                 grad_scale=scale if sink is None else scale * sink.scale,
-                dweight=grads[weight][: module.n_rows],
+                dweight=grads[module.output_weight(k)][: module.n_rows],
                 workspace=workspace,
                 **module.vocabulary,
             )
@@ -243,7 +267,8 @@ class _SequentialHeads(torch.autograd.Function):
         ctx.sink, ctx.n_parameters = sink, len(parameters)
         ctx.grads = [dz]
         if sink is None:
-            grads[weight] = grads[weight].to(weight.dtype)
+            for weight in outputs:
+                grads[weight] = grads[weight].to(weight.dtype)
             ctx.grads += [grads[parameter] for parameter in parameters]
         return _mark(ctx, _combine(losses, scales))
 

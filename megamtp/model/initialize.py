@@ -21,7 +21,7 @@ def initialize_(parameter: Tensor, name: str, config: ModelConfig, seed: int, sh
 
     Raises ``ValueError`` for an unknown kind.
     """
-    kind = name.split(".")[-2]
+    *_, kind, _weight = (part for part in name.split(".") if not part.isdigit())
     shard = shard or Shard(tuple(parameter.shape))
     with torch.no_grad():
         if kind in ("attention_norm", "ffn_norm", "norm"):

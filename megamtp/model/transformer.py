@@ -34,6 +34,9 @@ class ModelConfig:
     n_heads: PositiveInt = option(REQUIRED, "query heads")
     n_kv_heads: PositiveInt | None = option(None, "key/value heads; null = n_heads")
     n_future_tokens: PositiveInt = option(1, "heads; head k predicts the k-th next token; 1 is a plain Llama")
+    replicated_unembedding: bool = option(
+        False, "an unembedding for each head, as the paper's byte-level models have; false = one that all heads share"
+    )
     ffn_dim: PositiveInt | None = option(None, "feed-forward width; null = 8/3 dim rounded up to a multiple of 256")
     norm_eps: PositiveFloat = option(1e-5, "added to the mean square in RMSNorm")
     rope_theta: PositiveFloat = option(10000.0, "base of the rotary frequencies")
@@ -69,6 +72,10 @@ class ModelConfig:
     @property
     def n_trunk_layers(self) -> int:
         return self.n_layers - self.n_future_tokens
+
+    @property
+    def n_unembeddings(self) -> int:
+        return self.n_future_tokens if self.replicated_unembedding else 1
 
     @property
     def padded_vocab_size(self) -> int:

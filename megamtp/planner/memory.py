@@ -102,14 +102,15 @@ def estimate_memory(
             hidden = 2 * config.dim if mode == "joint" else 0
             values += config.n_future_tokens * (kept + final_norm + hidden)
         loss_buffers = _loss_bytes(config, heads, mode, tokens, width, tensor)
-        table = table_parameters(config, tensor)
+        table, n_tables = table_parameters(config, tensor), config.n_unembeddings
         # Sequential heads add to the accumulated gradients themselves where these are whole tensors on the device.
         if not (mode == "sequential" and zero_stage <= 1 and not offload_optimizer):
             if precision == "bf16" and mode != "naive":
-                loss_buffers += 4 * table  # the unembedding's gradient is summed in fp32
+                # An unembedding's gradient is summed in fp32; joint narrows each before it begins the next.
+                loss_buffers += 4 * table * (n_tables if mode == "sequential" else 1)
             # Stored from the heads' forward pass to backward, beside those of earlier micro-batches (or ZeRO's share).
             if micro_batches > 1 or zero_stage >= 2:
-                gradients += width * {"sequential": layers[-1], "joint": table, "naive": 0}[mode]
+                gradients += width * {"sequential": layers[-1], "joint": n_tables * table, "naive": 0}[mode]
     return MemoryEstimate(
         weights,
         gradients,

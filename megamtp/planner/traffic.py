@@ -197,5 +197,6 @@ def _persistent(config: ModelConfig, tensor: int, layers: tuple[int, int]) -> in
     blocks = end - begin - has_embedding - has_heads + has_heads * config.n_future_tokens
     matrix, feed_forward = (config.dim * share(rows, tensor) for rows in (config.dim, config.hidden_dim))
     of_block = [matrix] * 2 + [config.dim * kv_width(config, tensor)] * 2 + [feed_forward] * 3 + [config.dim] * 2
-    weights = of_block * blocks + [table_parameters(config, tensor)] * (has_embedding + has_heads)
+    n_tables = has_embedding + has_heads * config.n_unembeddings
+    weights = of_block * blocks + [table_parameters(config, tensor)] * n_tables
     return sum(size for size in [*weights, config.dim * has_heads] if size <= PERSISTENT_VALUES)

@@ -32,6 +32,8 @@ FORMAT = "megamtp-checkpoint"
 TEMPORARY, REPLACED = ".tmp", ".replaced"  # suffixes of folders: not complete; complete, and about to go
 VERSION, READABLE = 3, (2, 3)
 CHECKSUM = "sha256_of_the_above"
+# Of the architecture: what manifests mean that were written before the model had the option.
+BEFORE_OPTIONS = {"replicated_unembedding": False}
 MANIFEST_KEYS = {"step", "optimizer_steps", "model", "state", "files", "tensors"}
 
 
@@ -201,11 +203,12 @@ class Checkpoint:
 
     def require_model(self, model_config: dict[str, Any]) -> None:
         """``UserError`` naming what differs where the checkpoint is of another model."""
+        saved = BEFORE_OPTIONS | self.manifest["model"]
         for key, ours in model_config.items():
-            if self.manifest["model"].get(key) != ours:
+            if saved.get(key) != ours:
                 raise UserError(
-                    f"{self.path}: is of another model: {key} is {self.manifest['model'].get(key)} there and {ours} "
-                    "here; use that model's config or another run_dir"
+                    f"{self.path}: is of another model: {key} is {saved.get(key)} there and {ours} here; use that "
+                    "model's config or another run_dir"
                 )
 
     @property

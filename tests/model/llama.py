@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megamtp.convert.formats import logical_names
 from megamtp.convert.huggingface import from_llama_state_dict, llama_config_dict, to_llama_state_dict
 from megamtp.model.model import MultiTokenModel, build_model
 from megamtp.model.transformer import ModelConfig
@@ -59,7 +60,15 @@ def micro_batch(config: ModelConfig, b=2, s=9, seed=0, documents=False, masked=0
 def head_config(config: ModelConfig) -> ModelConfig:
     """The model of the trunk and a single head."""
     values = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    return ModelConfig(**{**values, "n_layers": config.n_trunk_layers + 1, "n_future_tokens": 1})
+    own = {"n_layers": config.n_trunk_layers + 1, "n_future_tokens": 1, "replicated_unembedding": False}
+    return ModelConfig(**{**values, **own})
+
+
+def name_in_whole(name: str, config: ModelConfig, head: int) -> str:
+    """What the parameter ``name`` of ``head_config`` is called in the model of which that is the 0-based ``head``."""
+    if name == "output.weight" and config.replicated_unembedding:
+        return f"output.{head}.weight"
+    return name.replace("heads.0.", f"heads.{head}.")
 
 
 def llama(parameters: dict[str, Tensor], config: ModelConfig, head: int = 0, wide: bool = False) -> LlamaForCausalLM:
@@ -68,11 +77,8 @@ def llama(parameters: dict[str, Tensor], config: ModelConfig, head: int = 0, wid
     transformers computes norms and (eager) softmax in fp32 and has its own fp32 table of angles. ``wide`` takes
     ``torch.nn.RMSNorm``, PyTorch's attention and our table, so that a comparison in fp64 sees nothing but the model.
     """
-    own = {
-        name.replace(f"heads.{head}.", "heads.0."): value
-        for name, value in parameters.items()
-        if not name.startswith("heads.") or name.startswith(f"heads.{head}.")
-    }
+    names = {name: name_in_whole(name, config, head) for name in logical_names(head_config(config))}
+    own = {name: parameters[whole] for name, whole in names.items()}
     state = to_llama_state_dict(own, head_config(config))
     attention = "sdpa" if wide else "eager"
     model = LlamaForCausalLM(LlamaConfig(**llama_config_dict(head_config(config)), attn_implementation=attention))
@@ -137,7 +143,7 @@ def expected_losses(
         correct.append((logits.argmax(-1) == targets).sum())
         own = {name: parameter.grad for name, parameter in model.named_parameters()}
         for name, grad in from_llama_state_dict(own, head_config(config)).items():
-            grads[name.replace("heads.0.", f"heads.{head}.")] += grad
+            grads[name_in_whole(name, config, head)] += grad
     sums = torch.stack(sums)
     loss = (sums * torch.tensor(loss_weights, dtype=torch.float64)).sum() / batches[-1].tokens.numel()
     return Expected(loss, sums, torch.stack(counts), torch.stack(correct), grads)

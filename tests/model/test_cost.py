@@ -37,6 +37,7 @@ def paper_config(size, n):
         {"n_kv_heads": 1, "n_future_tokens": 2, "ffn_dim": None},
         {"vocab_size": 64},
         {"vocab_size": 65, "n_future_tokens": 2},
+        {"vocab_size": 65, "n_future_tokens": 3, "replicated_unembedding": True},
     ],
 )
 def test_parameters_are_those_of_the_model(overrides):
@@ -55,9 +56,11 @@ def test_parameters_are_those_of_the_model(overrides):
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
-def test_layers_parameters_are_those_of_the_first_rank(tensor, n_kv_heads):
+@pytest.mark.parametrize("replicated", [False, True])
+def test_layers_parameters_are_those_of_the_first_rank(tensor, n_kv_heads, replicated):
     """The first rank holds the larger parts where a split is uneven, as 50 rows over 4 ranks are."""
-    config = small_config(n_layers=6, n_future_tokens=2, n_kv_heads=n_kv_heads, vocab_multiple=1, ffn_dim=26)
+    sizes = {"n_layers": 6, "n_future_tokens": 2, "n_kv_heads": n_kv_heads, "vocab_multiple": 1, "ffn_dim": 26}
+    config = small_config(**sizes, replicated_unembedding=replicated)
     tp = TensorParallel(rank=0, size=tensor, kv_replicas=max(1, tensor // n_kv_heads))
     with torch.device("meta"):
         model = MultiTokenModel(config, tp=tp)
@@ -81,7 +84,15 @@ def test_meta_model_of_the_largest_size():
     assert sum(parameter.numel() for parameter in model.parameters()) == cost.parameters(config).total
 
 
-@pytest.mark.parametrize("overrides", [{}, {"n_kv_heads": 2}, {"n_layers": 6, "n_future_tokens": 4}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"n_kv_heads": 2},
+        {"n_layers": 6, "n_future_tokens": 4},
+        {"n_future_tokens": 2, "replicated_unembedding": True},
+    ],
+)
 def test_train_flops_against_pytorchs_counter(overrides):
     """The counter sees every product of scores; causal attention uses (s + 1) / 2 of s positions."""
     config = small_config(vocab_size=100, vocab_multiple=1, dim=64, ffn_dim=160, **overrides)

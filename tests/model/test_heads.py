@@ -14,6 +14,7 @@ from tests.ops.closeness import EXACT, relative_error
 from tests.ops.observe import LargestTensor
 
 MODES = pytest.mark.parametrize("mode", ["sequential", "joint", "naive"])
+REPLICATED = pytest.mark.parametrize("replicated", [False, True], ids=["shared", "replicated"])
 UPSTREAM = [1.0, 0.25, -3.0]
 
 
@@ -22,9 +23,11 @@ def weights_of(n):
 
 
 @functools.cache
-def setting(n):
+def setting(n, replicated=False):
     """Config, state in fp32, three micro-batches (one with documents, one of another shape) and what is expected."""
-    config = small_config(n_layers=12, n_future_tokens=n, n_kv_heads=2, init_std=0.15)
+    config = small_config(
+        n_layers=12, n_future_tokens=n, n_kv_heads=2, init_std=0.15, replicated_unembedding=replicated
+    )
     state = random_model(config, seed=n).state_dict()
     batches = [
         micro_batch(config, seed=1, documents=True),
@@ -35,8 +38,8 @@ def setting(n):
     return config, state, batches, expected_losses(parameters, config, batches, weights_of(n), UPSTREAM)
 
 
-def build(mode, n, dtype):
-    config, state, _, _ = setting(n)
+def build(mode, n, dtype, replicated=False):
+    config, state, _, _ = setting(n, replicated)
     heads = HeadsConfig(mode=mode, loss_weights=weights_of(n), chunk_tokens=4)
     model = build_model(config, heads, seed=None, dtype=dtype)
     model.load_state_dict(state)
@@ -52,9 +55,10 @@ def run(model, batches):
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
+@REPLICATED
 @MODES
-def test_losses_and_gradients_in_fp64(mode, n):
-    model, (config, _, batches, wanted) = build(mode, n, torch.float64), setting(n)
+def test_losses_and_gradients_in_fp64(mode, replicated, n):
+    model, (config, _, batches, wanted) = build(mode, n, torch.float64, replicated), setting(n, replicated)
     losses = run(model, batches)
     assert relative_error(losses.loss.detach(), wanted.loss) <= EXACT
     assert relative_error(losses.sums, wanted.sums) <= EXACT
@@ -63,15 +67,17 @@ def test_losses_and_gradients_in_fp64(mode, n):
     for name, parameter in logical_parameters(model):
         assert relative_error(parameter.grad, wanted.grads[name]) <= EXACT, name
         assert wanted.grads[name].norm() > 0
-    assert config.padded_vocab_size == 64 and torch.equal(
-        model.output_heads.output.weight.grad[50:], torch.zeros(14, 16)
-    )
+    assert config.padded_vocab_size == 64
+    weights = model.output_heads.output_weights()
+    assert len(weights) == (n if replicated else 1)
+    assert all(torch.equal(weight.grad[50:], torch.zeros(14, 16)) for weight in weights)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
+@REPLICATED
 @MODES
-def test_losses_and_gradients_in_fp32(mode, n):
-    model, (_, _, batches, wanted) = build(mode, n, torch.float32), setting(n)
+def test_losses_and_gradients_in_fp32(mode, replicated, n):
+    model, (_, _, batches, wanted) = build(mode, n, torch.float32, replicated), setting(n, replicated)
     losses = run(model, batches)
     assert losses.loss.dtype == losses.sums.dtype == torch.float32
     assert relative_error(losses.loss.detach(), wanted.loss) <= 2e-6
@@ -84,11 +90,12 @@ def test_losses_and_gradients_in_fp32(mode, n):
     assert relative_error(ours, theirs) <= 1e-5
 
 
+@REPLICATED
 @MODES
-def test_bf16_stays_near(mode):
+def test_bf16_stays_near(mode, replicated):
     """No mode is worse than what bf16 weights and activations cost."""
     n = 4
-    model, (_, _, batches, wanted) = build(mode, n, torch.bfloat16), setting(n)
+    model, (_, _, batches, wanted) = build(mode, n, torch.bfloat16, replicated), setting(n, replicated)
     losses = run(model, batches)
     assert losses.sums.dtype == torch.float32 and torch.equal(losses.counts, wanted.counts)
     assert relative_error(losses.loss.detach(), wanted.loss) <= 0.02
@@ -120,9 +127,10 @@ def test_every_target_masked(mode):
     assert all(not parameter.grad.any() for parameter in model.parameters())
 
 
+@REPLICATED
 @MODES
-def test_one_masked_head_gets_no_gradient(mode):
-    model, (_, _, batches, _) = build(mode, 2, torch.float64), setting(2)
+def test_one_masked_head_gets_no_gradient(mode, replicated):
+    model, (_, _, batches, _) = build(mode, 2, torch.float64, replicated), setting(2, replicated)
     batch = batches[0]
     targets = batch.targets.clone()
     targets[1] = -100
@@ -130,11 +138,14 @@ def test_one_masked_head_gets_no_gradient(mode):
     heads = model.output_heads.heads
     assert all(not parameter.grad.any() for parameter in heads[1].parameters())
     assert all(parameter.grad.any() for parameter in heads[0].parameters())
+    moved = [bool(weight.grad.any()) for weight in model.output_heads.output_weights()]
+    assert moved == ([True, False] if replicated else [True])
 
 
+@REPLICATED
 @MODES
-def test_without_gradients(mode):
-    model, (_, _, batches, wanted) = build(mode, 4, torch.float64), setting(4)
+def test_without_gradients(mode, replicated):
+    model, (_, _, batches, wanted) = build(mode, 4, torch.float64, replicated), setting(4, replicated)
     with torch.no_grad():
         losses = model(*batches[-1])
     assert not any(value.requires_grad for value in losses)
@@ -241,9 +252,10 @@ def test_graph_of_sequential_is_one_node():
 
 @pytest.mark.parametrize("mask_cross_document", [False, True])
 @pytest.mark.parametrize("mode", ["sequential", "joint"])
-def test_head_k_predicts_the_kth_next_token(mode, mask_cross_document):
+@REPLICATED
+def test_head_k_predicts_the_kth_next_token(replicated, mode, mask_cross_document):
     """From a loader's batch with documents and padding to the losses, against a loop over positions."""
-    config = small_config(n_layers=5, n_future_tokens=3)
+    config = small_config(n_layers=5, n_future_tokens=3, replicated_unembedding=replicated)
     model = random_model(config, HeadsConfig(mode=mode), seed=4, dtype=torch.float64)
     s, n = 10, 3
     tokens = torch.randint(config.vocab_size, (2, s + n), generator=torch.Generator().manual_seed(0))
@@ -277,15 +289,17 @@ def test_chunk_size_changes_nothing(mode):
     assert relative_error(grads[0], grads[2]) <= EXACT and relative_error(grads[1], grads[2]) <= EXACT
 
 
-def test_padding_rows_never_matter():
+@REPLICATED
+def test_padding_rows_never_matter(replicated):
     """Whatever stands in the padding rows, neither logits nor losses see it."""
-    config = small_config(n_layers=4, n_future_tokens=2)
+    config = small_config(n_layers=4, n_future_tokens=2, replicated_unembedding=replicated)
     batch = micro_batch(config)
     for mode in ("sequential", "joint", "naive"):
         model = random_model(config, HeadsConfig(mode=mode), seed=0)
         before, logits = model(*batch).loss.detach(), model(batch.tokens)
         with torch.no_grad():
-            model.output_heads.output.weight[50:] = torch.nan
+            for weight in model.output_heads.output_weights():
+                weight[50:] = torch.nan
             model.tok_embeddings.weight[50:] = torch.nan
         assert torch.equal(model(*batch).loss.detach(), before) and torch.equal(model(batch.tokens), logits)
         assert logits.shape[-1] == config.vocab_size == 50

@@ -42,6 +42,16 @@ def test_no_two_parameters_share_values():
     assert len({tuple(first.tolist()) for first in firsts}) == len(firsts) == 2 + 5 * 7
 
 
+def test_each_unembedding_has_values_of_its_own():
+    whole = built(small_config(**{**vars(CONFIG), "replicated_unembedding": True}))
+    tables = [whole.pop(f"output.{k}.weight") for k in range(2)]
+    assert not torch.isclose(*tables, rtol=1e-5, atol=0).float().mean() > 0.01
+    assert all(table.std().item() == pytest.approx(0.02, rel=0.03) for table in tables)
+    shared = built()
+    assert tables[0].shape == shared.pop("output.weight").shape
+    assert whole.keys() == shared.keys() and all(torch.equal(whole[name], shared[name]) for name in shared)
+
+
 def test_values_do_not_depend_on_the_rest_of_the_model():
     """Embedding, q, k, v and gates are those of a deeper model with more heads; wo and w2 shrink with its depth."""
     deeper = built(small_config(**{**vars(CONFIG), "n_layers": 10, "n_future_tokens": 4}))

@@ -126,13 +126,15 @@ def test_documents_do_not_meet(attention):
     assert relative_error(before[:, :, 5:], alone) <= EXACT
 
 
-def test_logical_names():
-    """The names of the paper's released checkpoints, heads apart."""
-    config = small_config(n_layers=4, n_future_tokens=2, n_kv_heads=2)
+@pytest.mark.parametrize("replicated", [False, True])
+def test_logical_names(replicated):
+    """The names of the paper's released checkpoints, heads and their own unembeddings apart."""
+    config = small_config(n_layers=4, n_future_tokens=2, n_kv_heads=2, replicated_unembedding=replicated)
     names = [name for name, _ in logical_parameters(build_model(config, seed=None))]
     block = [f"attention.{w}.weight" for w in ("wq", "wk", "wv", "wo")]
     block += [f"feed_forward.{w}.weight" for w in ("w1", "w2", "w3")] + ["attention_norm.weight", "ffn_norm.weight"]
     prefixes = ["layers.0", "layers.1", "heads.0", "heads.1"]
     wanted = {f"{prefix}.{name}" for prefix in prefixes for name in block}
     assert len(names) == len(set(names))
-    assert set(names) == wanted | {"tok_embeddings.weight", "norm.weight", "output.weight"}
+    outputs = {"output.0.weight", "output.1.weight"} if replicated else {"output.weight"}
+    assert set(names) == wanted | {"tok_embeddings.weight", "norm.weight"} | outputs

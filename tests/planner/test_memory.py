@@ -187,6 +187,22 @@ def test_joint_heads_by_hand():
     assert memory.gradients == 4 * (288 + 648) + 2 * 64  # the unembedding's alone waits
 
 
+def test_unembeddings_of_their_own_by_hand():
+    """One table more, of 64 on each rank; joint sums up one in fp32 at a time, sequential all."""
+    config = ModelConfig(**TINY, n_future_tokens=2, replicated_unembedding=True)
+    split = {**SPLIT, "held": [LAST], "chunk_tokens": 4, "offload_optimizer": True}
+    joint, sequential = (
+        dataclasses.asdict(estimate(config, mode, "bf16", **split)) for mode in ("joint", "sequential")
+    )
+    assert joint["weights"] == sequential["weights"] == 2 * (288 + 648 + 64)
+    assert joint["gradients"] == (2 + 4) * (288 + 648 + 64) + 2 * 2 * 64
+    assert sequential["gradients"] == (2 + 4) * (288 + 648 + 64) + 2 * (648 + 64)
+    logits = 4 * 8 * (2 + 4) + 2 * 64
+    assert joint["loss_buffers"] == logits + 4 * 64 and sequential["loss_buffers"] == logits + 2 * 4 * 64
+    shared = dataclasses.asdict(estimate(ModelConfig(**TINY, n_future_tokens=2), "joint", "bf16", **split))
+    assert joint["activations"] == shared["activations"] and joint["temporaries"] == shared["temporaries"]
+
+
 def test_two_stages_of_one_rank_add_up():
     """But for what only the pass that runs needs."""
     both, first, last = (tiny(held=held) for held in ([FIRST, LAST], [FIRST], [LAST]))

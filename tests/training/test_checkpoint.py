@@ -239,6 +239,15 @@ def test_another_model_is_refused_by_what_differs(two_ranks):
     assert "n_kv_heads is 2 there and 4 here" in refusal(lambda: checkpoint.require_model(ours))
 
 
+def test_a_manifest_that_is_older_than_an_option_means_what_the_model_was_then(two_ranks):
+    checkpoint = newest(two_ranks)
+    ours = dict(checkpoint.manifest["model"])
+    assert checkpoint.manifest["model"].pop("replicated_unembedding") is False
+    checkpoint.require_model(ours)
+    other = ours | {"replicated_unembedding": True}
+    assert "replicated_unembedding is False there and True here" in refusal(lambda: checkpoint.require_model(other))
+
+
 # --- crashes
 
 
