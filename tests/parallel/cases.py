@@ -29,6 +29,7 @@ class Case:
     mode: str = "sequential"
     precision: str = "fp32"
     clip: float = 0.5
+    replicated: bool = False  # an unembedding for each head
     poison: tuple[int, int] | None = None  # (rank, step): a gradient there is not finite
 
     @property
@@ -43,12 +44,17 @@ class Case:
         parts = [self.layout.replace(" ", "-"), "sp" * self.sequence, self.schedule * (self.pipeline > 1)]
         parts += [f"zero{self.zero}{'-offload' * self.offload}", f"recompute-{self.recompute}", self.mode]
         parts += ["" if self.precision == "fp32" else self.precision, "" if self.clip == 0.5 else f"clip{self.clip}"]
+        parts += ["replicated" * self.replicated]
         return "-".join(part for part in parts if part)
 
     @property
     def n_trunk_layers(self) -> int:
         """Enough for the stages that it is cut into."""
         return 6 if self.schedule == "dualpipev" and self.pipeline == 4 else 3
+
+    @property
+    def model(self) -> ModelConfig:
+        return model_config(self.n_trunk_layers, self.replicated)
 
     @property
     def micro_batch_size(self) -> int:
@@ -105,7 +111,7 @@ QUICK = [
 ]
 
 
-def model_config(n_trunk_layers: int) -> ModelConfig:
+def model_config(n_trunk_layers: int, replicated: bool = False) -> ModelConfig:
     """Fewer key/value heads than TP 4 has ranks, a vocabulary that is no multiple of 128, weights that matter."""
     return ModelConfig(
         vocab_size=101,
@@ -116,6 +122,7 @@ def model_config(n_trunk_layers: int) -> ModelConfig:
         n_future_tokens=N_HEADS,
         ffn_dim=48,
         init_std=0.1,
+        replicated_unembedding=replicated,
     )
 
 

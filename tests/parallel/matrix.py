@@ -59,9 +59,11 @@ class Training:
 
 
 @functools.cache
-def reference(n_trunk_layers: int, clip: float = 0.5, skipped_step: int | None = None) -> Training:
+def reference(
+    n_trunk_layers: int, clip: float = 0.5, skipped_step: int | None = None, replicated: bool = False
+) -> Training:
     """The whole global batch at once, in this process."""
-    model = build_model(model_config(n_trunk_layers), ops=OpsConfig(attention="reference"), seed=SEED)
+    model = build_model(model_config(n_trunk_layers, replicated), ops=OpsConfig(attention="reference"), seed=SEED)
     parameters = dict(logical_parameters(model))
     config = OptimizerConfig()
     groups = [
@@ -139,7 +141,7 @@ def _train(case: Case, grid: ProcessGrid) -> Training:
     started = time.perf_counter()
     deepspeed.utils.groups.mpu = None  # of the engine before this one
     engine = build_engine(
-        model_config(case.n_trunk_layers),
+        case.model,
         HeadsConfig(mode=case.mode, loss_weights=LOSS_WEIGHTS, chunk_tokens=24),
         OpsConfig(recompute=case.recompute),
         grid=grid,
@@ -281,7 +283,7 @@ def too_large(found: dict[str, float], tolerance: dict[str, float] = TOLERANCE) 
 
 def record(case: Case, training: Training) -> dict[str, Any]:
     """A case in plain values: what was asked for, what was on, how far it is off. Of fp32."""
-    found = errors(training, reference(case.n_trunk_layers, case.clip))
+    found = errors(training, reference(case.n_trunk_layers, case.clip, replicated=case.replicated))
     return {
         "case": str(case),
         "ranks": case.world,

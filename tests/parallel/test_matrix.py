@@ -20,6 +20,17 @@ EDGES = [
     Case(2, pipeline=2, zero=1, clip=0.0),
     Case(2, zero=3, mode="joint", clip=1e-3),
 ]
+REPLICATED = [
+    Case(1, zero=0, replicated=True),
+    Case(2, zero=2, replicated=True),
+    Case(2, zero=3, mode="joint", recompute="full", replicated=True),
+    Case(2, tensor=2, sequence=True, zero=1, offload=True, replicated=True),
+    Case(2, tensor=2, zero=0, mode="joint", replicated=True),
+    Case(2, pipeline=2, zero=1, replicated=True),
+    Case(2, pipeline=2, schedule="dualpipev", zero=0, mode="joint", replicated=True),
+    Case(4, tensor=2, pipeline=2, sequence=True, zero=1, replicated=True),
+    Case(4, tensor=2, sequence=True, zero=3, mode="joint", replicated=True),
+]
 POISONED = [
     Case(2, tensor=2, sequence=True, zero=0, poison=(1, 2)),
     Case(2, tensor=2, zero=1, poison=(0, 2)),
@@ -40,9 +51,14 @@ BF16 = [
     Case(2, pipeline=2, schedule="dualpipev", zero=1, precision="bf16"),
     Case(4, tensor=2, pipeline=2, sequence=True, zero=1, mode="joint", precision="bf16"),
 ]
+BF16_REPLICATED = [
+    Case(1, zero=1, precision="bf16", replicated=True),
+    Case(2, zero=2, precision="bf16", replicated=True),
+    Case(2, tensor=2, zero=1, mode="joint", precision="bf16", replicated=True),
+]
 # Of bf16: largest relative errors, against fp32 and between layouts.
 NEAR = {"loss": 2e-3, "grad_norm": 1e-2, "parameters": 5e-2, "evaluation": 2e-3, "replicas": 0}
-TOGETHER = [*QUICK, *EDGES, *POISONED, *BF16]
+TOGETHER = [*QUICK, *EDGES, *REPLICATED, *POISONED, *BF16, *BF16_REPLICATED]
 
 
 @functools.cache
@@ -72,10 +88,10 @@ def assert_ran(case: Case, running: dict) -> None:
     assert len(running["layers"]) == case.pipeline and all(running["layers"])
 
 
-@pytest.mark.parametrize("case", [*QUICK, *EDGES], ids=str)
+@pytest.mark.parametrize("case", [*QUICK, *EDGES, *REPLICATED], ids=str)
 def test_a_case_of_each_kind(case):
     training = trained(case.world, case.precision)[case]
-    found = errors(training, reference(case.n_trunk_layers, case.clip))
+    found = errors(training, reference(case.n_trunk_layers, case.clip, replicated=case.replicated))
     assert not too_large(found), found
     assert_ran(case, training.running)
 
@@ -99,6 +115,8 @@ def test_the_reference_says_something():
     assert errors(free, replace(result, counts=free.counts))["parameters"] > 1e-3  # clipping shows in them
     first, last = result.weights[0], result.weights[-1]
     assert all(np.linalg.norm(last[name] - first[name]) / np.linalg.norm(first[name]) > 1e-3 for name in first)
+    own = reference(3, replicated=True).weights[-1]
+    assert {name for name in own if name.startswith("output.")} == {f"output.{k}.weight" for k in range(4)}
 
 
 def test_every_case_is_a_cross_product():
@@ -122,10 +140,10 @@ def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(case):
     assert not too_large(found, TOLERANCE if case.precision == "fp32" else NEAR), found
 
 
-@pytest.mark.parametrize("case", BF16, ids=str)
+@pytest.mark.parametrize("case", [*BF16, *BF16_REPLICATED], ids=str)
 def test_bf16_is_near_fp32(case):
     training = trained(case.world, case.precision)[case]
-    found = errors(training, reference(case.n_trunk_layers, case.clip))
+    found = errors(training, reference(case.n_trunk_layers, case.clip, replicated=case.replicated))
     assert not too_large(found, NEAR), found
     assert_ran(case, training.running)
 

@@ -13,12 +13,15 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 MODEL = dict(vocab_size=250, dim=32, n_layers=4, n_heads=4, n_kv_heads=2, n_future_tokens=2, ffn_dim=64)
 
 
-def bytes_of_a_step(_, parallel: ParallelConfig, options: dict) -> tuple[float, float, float]:
+REPLICATED = MODEL | dict(replicated_unembedding=True)
+
+
+def bytes_of_a_step(_, parallel: ParallelConfig, options: dict, model: dict = MODEL) -> tuple[float, float, float]:
     """(sent, of control messages, by the formula) of this rank in one step."""
     from scaling import Run, Size
     from wire import Wire
 
-    run = Run(Size(MODEL, seq_len=16, micro_batch=2, global_batch=8), parallel, **options)
+    run = Run(Size(model, seq_len=16, micro_batch=2, global_batch=8), parallel, **options)
     run.step()  # the first one sends shapes along the pipeline, and much of what ZeRO-3 does
     run.step()
     wire = Wire()
@@ -45,6 +48,14 @@ def test_two_ranks_send_what_the_formula_says(parallel, options):
         assert formula > 0
         assert sent == pytest.approx(formula, rel=1e-12)
         assert control < 100
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_two_ranks_send_an_unembedding_for_each_head(zero_stage):
+    """ZeRO-3 keeps tables of so few values whole on every rank, once each."""
+    parallel = ParallelConfig(zero_stage=zero_stage)
+    for sent, _, formula in run_ranks(2, bytes_of_a_step, parallel, {}, REPLICATED):
+        assert sent == pytest.approx(formula, rel=1e-12)
 
 
 @pytest.mark.slow

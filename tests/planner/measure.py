@@ -18,7 +18,9 @@ MODEL = dict(vocab_size=2048, dim=256, n_heads=4, n_layers=6, n_future_tokens=2)
 SEQ_LEN, MICRO_BATCH, MICRO_BATCHES = 256, 2, 4
 
 
-def peak_and_estimate(parallel: ParallelConfig, precision: str = "fp32", recompute: str = "none") -> tuple[int, int]:
+def peak_and_estimate(
+    parallel: ParallelConfig, precision: str = "fp32", recompute: str = "none", replicated: bool = False
+) -> tuple[int, int]:
     """Bytes at the peak of a step, and the estimate; both without the buckets, which would hide an error.
 
     Call it in a process of its own.
@@ -35,10 +37,11 @@ def peak_and_estimate(parallel: ParallelConfig, precision: str = "fp32", recompu
     dp_size, heads = parallel.data_parallel(world_size), HeadsConfig(chunk_tokens=CHUNK)
     _free_messages_on_this_thread()
     heads_memory.Run = functools.partial(Run, recompute=recompute)
-    size = Size(MODEL, SEQ_LEN, MICRO_BATCH, MICRO_BATCH * MICRO_BATCHES * dp_size)
+    model = MODEL | dict(replicated_unembedding=replicated)
+    size = Size(model, SEQ_LEN, MICRO_BATCH, MICRO_BATCH * MICRO_BATCHES * dp_size)
     memory = heads_memory.measured_step(size, heads_memory.Case(parallel, precision), heads)
     stages = plan_stages(
-        ModelConfig(**MODEL),
+        ModelConfig(**model),
         heads,
         parallel,
         seq_len=SEQ_LEN,
