@@ -64,7 +64,8 @@ class Decoder:
     def __init__(self, config: ModelConfig, tensor: Callable[[str], Tensor], context: int):
         self.config, self.context = config, context
         self.embedding = tensor("tok_embeddings.weight")[: config.vocab_size]
-        self.unembedding = tensor("output.weight")[: config.vocab_size]
+        names = [config.unembedding_name(k) for k in range(config.n_unembeddings)]
+        self.unembeddings = [tensor(name)[: config.vocab_size] for name in names]  # one, or one for each head
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.norm_weight = tensor("norm.weight")
         names = [*(f"layers.{i}" for i in range(config.n_trunk_layers)), *(f"heads.{k}" for k in range(self.n_heads))]
@@ -141,12 +142,12 @@ class Decoder:
 
     def head_1(self, z: Tensor, at: Positions, cache: KVCache) -> Tensor:
         """z (b, t, d) -> logits of the next token (b, t, V)."""
-        return self._logits(self._block(self.config.n_trunk_layers, z, at, cache))
+        return self._logits(0, self._block(self.config.n_trunk_layers, z, at, cache))
 
     def head_1_at_end(self, z: Tensor, at: Positions, cache: KVCache) -> Tensor:
         """As ``head_1``, for the last position alone: (b, 1, V)."""
         last = torch.full((len(z),), z.shape[1] - 1, device=self.device)
-        return self._logits(self._block_at(self.config.n_trunk_layers, z, at, last, cache))
+        return self._logits(0, self._block_at(self.config.n_trunk_layers, z, at, last, cache))
 
     def draft(self, z: Tensor, at: Positions, counts: list[int], n_heads: int, cache: KVCache) -> Tensor:
         """What heads 2 ... n_heads + 1 predict from the ``counts[b]``-th position of z (b, t, d): (b, n_heads, V).
@@ -158,14 +159,16 @@ class Decoder:
     def _drafts(self, z: Tensor, at: Positions, last: Tensor, n_heads: int, cache: KVCache) -> Tensor:
         first = self.config.n_trunk_layers + 1
         hidden = [self._block_at(first + k, z, at, last, cache) for k in range(n_heads)]
-        return self._logits(torch.cat(hidden, 1))
+        if len(self.unembeddings) == 1:  # one product for all
+            return self._logits(0, torch.cat(hidden, 1))
+        return torch.cat([self._logits(k, x) for k, x in enumerate(hidden, start=1)], 1)
 
     def all_heads(self, tokens: Tensor) -> Tensor:
         """Logits of every head at every position of tokens (1, t): (n, t, V), without what came before."""
         at, cache = self.prompt_positions(0, tokens.shape[1]), self.new_cache(1, tokens.shape[1], self.n_heads - 1)
         z = self.trunk(tokens, at, cache)
         first = self.config.n_trunk_layers
-        return torch.cat([self._logits(self._block(first + k, z, at, cache)) for k in range(self.n_heads)])
+        return torch.cat([self._logits(k, self._block(first + k, z, at, cache)) for k in range(self.n_heads)])
 
     def _block(self, layer: int, x: Tensor, at: Positions, cache: KVCache) -> Tensor:
         weights, config = self.blocks[layer], self.config
@@ -210,8 +213,10 @@ class Decoder:
         gate, up = F.linear(self._norm(x, weights.ffn_norm), weights.w13).chunk(2, -1)
         return x + F.linear(swiglu(gate, up), weights.w2)
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(self._norm(x, self.norm_weight), self.unembedding)
+    def _logits(self, k: int, x: Tensor) -> Tensor:
+        """What the 0-based head k makes of its block's output x (b, t, d): (b, t, V)."""
+        unembedding = self.unembeddings[k % len(self.unembeddings)]
+        return F.linear(self._norm(x, self.norm_weight), unembedding)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)

@@ -77,6 +77,10 @@ class ModelConfig:
     def n_unembeddings(self) -> int:
         return self.n_future_tokens if self.replicated_unembedding else 1
 
+    def unembedding_name(self, k: int) -> str:
+        """Logical name of the matrix that the 0-based head k uses."""
+        return f"output.{k}.weight" if self.replicated_unembedding else "output.weight"
+
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple

@@ -39,11 +39,10 @@ def decoder_of(
 
 
 @functools.cache
-def trained_model() -> MultiTokenModel:
+def trained_model(replicated: bool = False) -> MultiTokenModel:
     """4 heads, grouped queries, fp64 copies of fp32 weights; trained on one module's source."""
-    config = ModelConfig(
-        vocab_size=len(CHARACTERS), dim=48, n_layers=6, n_heads=4, n_kv_heads=2, n_future_tokens=4, init_std=0.1
-    )
+    sizes = {"vocab_size": len(CHARACTERS), "dim": 48, "n_layers": 6, "n_heads": 4, "n_kv_heads": 2}
+    config = ModelConfig(**sizes, n_future_tokens=4, init_std=0.1, replicated_unembedding=replicated)
     model = build_model(config, HeadsConfig(mode="joint"), seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     text = torch.tensor(encode(inspect.getsource(tarfile)))

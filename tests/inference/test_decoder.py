@@ -15,6 +15,7 @@ KINDS = [
     pytest.param((NativeDecoder, torch.float32, 1e-5), id="native"),
 ]
 every_kind = pytest.mark.parametrize("kind", KINDS)
+REPLICATED = pytest.mark.parametrize("replicated", [False, True], ids=["shared", "replicated"])
 GROUPED = pytest.mark.parametrize("n_kv_heads", [None, 2, 1], ids=["mha", "gqa", "mqa"])
 
 
@@ -33,9 +34,10 @@ def random_tokens(*shape, seed=0):
 
 @torch.inference_mode()
 @GROUPED
+@REPLICATED
 @every_kind
-def test_all_heads_give_the_training_models_logits(n_kv_heads, kind):
-    model = model_of(n_kv_heads)
+def test_all_heads_give_the_training_models_logits(n_kv_heads, replicated, kind):
+    model = model_of(n_kv_heads, replicated_unembedding=replicated)
     decoder, tolerance = decoder_and_tolerance(model, kind)
     for length in (1, 20, 60):
         tokens = random_tokens(1, length)
@@ -79,11 +81,12 @@ def test_narrower_dtypes_compute_the_same(dtype, tolerance):
 
 @torch.inference_mode()
 @GROUPED
+@REPLICATED
 @every_kind
 @pytest.mark.parametrize("n_new", [1, 3])
-def test_rows_of_different_lengths_see_their_own_past(n_kv_heads, n_new, kind):
+def test_rows_of_different_lengths_see_their_own_past(n_kv_heads, replicated, n_new, kind):
     """Prompts of 4, 9 and 6 tokens side by side, then ``n_new`` tokens each: what the whole sequences give."""
-    model = model_of(n_kv_heads)
+    model = model_of(n_kv_heads, replicated_unembedding=replicated)
     (decoder, tolerance), lengths = decoder_and_tolerance(model, kind), [4, 9, 6]
     sequences = [random_tokens(length + n_new, seed=length) for length in lengths]
     cache = decoder.new_cache(4, 16, 3)

@@ -5,6 +5,7 @@ import torch
 
 from megamtp.inference.decoder import Decoder
 from megamtp.inference.generate import generate
+from megamtp.inference.native.decoder import NativeDecoder
 from megamtp.inference.sampling import Sampling
 from megamtp.inference.speculative import SpeculativeDecoder
 from megamtp.inference.tree import Tree
@@ -89,6 +90,16 @@ def test_drafts_are_accepted_and_save_forward_passes(decoder, plain):
     assert found.statistics.forwards < n_tokens / 1.2
     wide = generate(decoder, held_out_prompts(N_PROMPTS), NEW, stop_tokens=[STOP], tree=(3, 2, 1))
     assert wide.statistics.tokens_per_forward > found.statistics.tokens_per_forward
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(Decoder, torch.float64), (NativeDecoder, torch.float32)])
+def test_heads_with_unembeddings_of_their_own_draft_as_well(kind, dtype):
+    decoder = decoder_of(trained_model(replicated=True), dtype, kind=kind)
+    plain = tokens_of(decoder, batch_size=1, draft_heads=0)
+    for how in (HOW[2], HOW[3]):
+        assert tokens_of(decoder, batch_size=8, **how) == plain
+    shares = generate(decoder, held_out_prompts(N_PROMPTS), NEW, stop_tokens=[STOP]).statistics.acceptance
+    assert 1 > shares[0] > shares[1] > shares[2] > 0.05
 
 
 def exact_distribution(model, prompt, n_tokens, sampling):

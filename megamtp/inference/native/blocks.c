@@ -38,13 +38,14 @@ typedef float vec __attribute__((vector_size(VECTOR * sizeof(float)), aligned(si
 
 struct block {
     const float *attention_norm, *wqkv, *wo, *ffn_norm, *w13, *w2; /* matrices in panels */
+    const float *unembedding;                                      /* of a head */
 };
 
 struct model {
     int dim, n_heads, n_kv_heads, head_dim, ffn_dim, vocab_size, n_threads;
     float norm_eps;
     const struct block *blocks;        /* the trunk's, then the heads' */
-    const float *norm, *unembedding;   /* of all heads */
+    const float *norm;                 /* of all heads */
     const float *cos, *sin;            /* (positions, head_dim / 2) */
 };
 
@@ -360,8 +361,8 @@ int run_heads(const struct model *m, int first, int n, const struct cache *cache
             memcpy(y, z, sizeof(float) * rows * d);
         failed = run_block(m, first + k, cache, at, z, only, y);
         norm(rows, d, y, m->norm, m->norm_eps, normed, m->n_threads);
-        product(rows, d, normed, d, m->unembedding, m->vocab_size, logits + (long)k * rows * m->vocab_size, 0,
-                m->n_threads);
+        product(rows, d, normed, d, m->blocks[first + k].unembedding, m->vocab_size,
+                logits + (long)k * rows * m->vocab_size, 0, m->n_threads);
     }
     free(y), free(normed);
     return failed;

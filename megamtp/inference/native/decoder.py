@@ -25,12 +25,12 @@ def _structure(name: str, **fields: type) -> type[ctypes.Structure]:
 
 _INT, _POINTER = ctypes.c_int, ctypes.c_void_p
 _SIZES = ("dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "n_threads")
-_WEIGHTS = ("attention_norm", "wqkv", "wo", "ffn_norm", "w13", "w2")
+_WEIGHTS = ("attention_norm", "wqkv", "wo", "ffn_norm", "w13", "w2", "unembedding")
 _Model = _structure(
     "_Model",
     **dict.fromkeys(_SIZES, _INT),
     norm_eps=ctypes.c_float,
-    **dict.fromkeys(("blocks", "norm", "unembedding", "cos", "sin"), _POINTER),
+    **dict.fromkeys(("blocks", "norm", "cos", "sin"), _POINTER),
 )
 _Block = _structure("_Block", **dict.fromkeys(_WEIGHTS, _POINTER))
 _Cache = _structure("_Cache", keys=_POINTER, values=_POINTER, capacity=_INT)
@@ -92,18 +92,16 @@ class NativeDecoder:
         self._library = library()
         self.config, self.context = config, context
         self.embedding = tensor("tok_embeddings.weight")[: config.vocab_size].float()
-        self._unembedding = _in_panels(tensor("output.weight")[: config.vocab_size])
         self._norm_weight = tensor("norm.weight").float().contiguous()
-        prefixes = [
-            *(f"layers.{i}" for i in range(config.n_trunk_layers)),
-            *(f"heads.{k}" for k in range(self.n_heads)),
-        ]
-        self._weights = [_block_weights(prefix, tensor) for prefix in prefixes]
+        names = [config.unembedding_name(k) for k in range(self.n_heads)]
+        unembeddings = {name: _in_panels(tensor(name)[: config.vocab_size]) for name in set(names)}
+        trunk = [_block_weights(f"layers.{i}", tensor) for i in range(config.n_trunk_layers)]
+        heads = [[*_block_weights(f"heads.{k}", tensor), unembeddings[name]] for k, name in enumerate(names)]
+        self._weights = [*trunk, *heads]
         addresses = (_Block(*(weight.data_ptr() for weight in block)) for block in self._weights)
-        self._blocks = (_Block * len(prefixes))(*addresses)
+        self._blocks = (_Block * len(self._weights))(*addresses)
         sizes = (config.dim, config.n_heads, config.kv_heads, config.head_dim, config.hidden_dim, config.vocab_size)
-        tables = (ctypes.addressof(self._blocks), self._norm_weight.data_ptr(), self._unembedding.data_ptr())
-        self._model = _Model(*sizes, 1, config.norm_eps, *tables)
+        self._model = _Model(*sizes, 1, config.norm_eps, ctypes.addressof(self._blocks), self._norm_weight.data_ptr())
         self._reach(context)
 
     @property
