@@ -97,6 +97,8 @@ def config_json(source: Source, context: int | None, dtype: torch.dtype) -> dict
     if config.n_future_tokens > 1:
         values["n_future_tokens"] = config.n_future_tokens
         values["auto_map"] = {"AutoModelForCausalLM": f"{REMOTE_CODE.stem}.MultiTokenLlamaForCausalLM"}
+    if config.replicated_unembedding:
+        values["replicated_unembedding"] = True
     return values
 
 

@@ -9,28 +9,49 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megamtp.errors import UserError
+from megamtp.model.initialize import kind_of
 from megamtp.model.transformer import ModelConfig
 
-VOCABULARY_TABLES = ("tok_embeddings.weight", "output.weight")  # their rows are padded to padded_vocab_size here
+VOCABULARY_TABLES = ("tok_embeddings", "output")  # kinds whose rows are padded to padded_vocab_size here
 
 
 @dataclass(frozen=True)
 class Format:
-    """Logical name -> the format's name, of a table or norm (``top``) and of what is in a block (``inner``)."""
+    """Logical name -> the format's name, of a table or norm (``top``) and of what is in a block (``inner``).
+
+    The last of ``top`` is the unembedding: that of all heads, or of head 1.
+    """
 
     top: dict[str, str]
     inner: dict[str, str]
     block: str  # prefix of the blocks of the trunk and, after them, head 1; {i} counts them
     extra_head: str  # prefix of heads 2..n; {j} = 0 is head 2
+    extra_output: str | None  # an unembedding of one of heads 2..n alone; None: the format has no such
     interleaved_rotary: bool  # pairs (2i, 2i + 1) of a head's rows; else halves (i, i + head_dim / 2), as here
 
     def names(self, config: ModelConfig) -> dict[str, str]:
-        """Logical name -> the format's name of every parameter, in the order of the model; heads 2..n come last."""
+        """Logical name -> the format's name of every parameter, in the order of the model; heads 2..n come last.
+
+        ``UserError`` for heads with unembeddings of their own where the format has no place for them.
+        """
         blocks = [(f"layers.{i}", self.block.format(i=i)) for i in range(config.n_trunk_layers)]
         blocks.append(("heads.0", self.block.format(i=config.n_trunk_layers)))
         extra = [(f"heads.{j + 1}", self.extra_head.format(j=j)) for j in range(config.n_future_tokens - 1)]
-        first, *others = self.top.items()
-        return dict([first, *self._inside(blocks), *others, *self._inside(extra)])
+        first, *others, (_, output) = self.top.items()
+        others.append((config.unembedding_name(0), output))
+        return dict([first, *self._inside(blocks), *others, *self._inside(extra), *self._extra_outputs(config)])
+
+    def _extra_outputs(self, config: ModelConfig) -> list[tuple[str, str]]:
+        if config.n_unembeddings == 1:
+            return []
+        if self.extra_output is None:
+            raise UserError(
+                f"model.replicated_unembedding: a format with one unembedding cannot hold {config.n_unembeddings}; "
+                "export to Hugging Face's"
+            )
+        heads = range(1, config.n_unembeddings)
+        return [(config.unembedding_name(k), self.extra_output.format(j=k - 1)) for k in heads]
 
     def _inside(self, blocks: list[tuple[str, str]]) -> list[tuple[str, str]]:
         inner = self.inner.items()
@@ -64,6 +85,7 @@ LLAMA = Format(
     inner=_INNER_LLAMA,
     block="model.layers.{i}",
     extra_head="extra_heads.{j}",
+    extra_output="extra_lm_heads.{j}.weight",
     interleaved_rotary=False,
 )
 
@@ -72,6 +94,7 @@ META = Format(
     inner={name: name for name in _INNER_LLAMA},
     block="layers.{i}",
     extra_head="extra_heads.{j}",
+    extra_output=None,
     interleaved_rotary=True,
 )
 
@@ -86,12 +109,13 @@ def halves_of_interleaved(start: int, stop: int, head_dim: int) -> Tensor:
 
 def extra_head(name: str) -> bool:
     """Whether the logical parameter ``name`` is of one of the heads 2..n."""
-    return name.startswith("heads.") and not name.startswith("heads.0.")
+    kind, number, *_ = name.split(".")
+    return kind in ("heads", "output") and number.isdigit() and number != "0"
 
 
 def logical_names(config: ModelConfig) -> list[str]:
     """Every parameter, in the order of the model; heads 2..n come last."""
-    return list(META.names(config))
+    return list(LLAMA.names(config))
 
 
 def logical_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
@@ -108,5 +132,5 @@ def _shape(name: str, config: ModelConfig, vocab_size: int) -> tuple[int, ...]:
     d, f = config.dim, config.hidden_dim
     shapes = {"wq": (d, d), "wo": (d, d), "w2": (d, f)} | dict.fromkeys(("w1", "w3"), (f, d))
     shapes |= dict.fromkeys(("wk", "wv"), (config.kv_heads * config.head_dim, d))
-    shapes |= dict.fromkeys(("tok_embeddings", "output"), (vocab_size, d))
-    return shapes.get(name.split(".")[-2], (d,))
+    shapes |= dict.fromkeys(VOCABULARY_TABLES, (vocab_size, d))
+    return shapes.get(kind_of(name), (d,))

@@ -122,6 +122,7 @@ def _model_config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
         "n_heads": n_heads,
         "n_kv_heads": values.get("num_key_value_heads") or n_heads,
         "n_future_tokens": n,
+        "replicated_unembedding": values.get("replicated_unembedding", False),
         "ffn_dim": need("intermediate_size"),
         "norm_eps": values.get("rms_norm_eps", 1e-6),
         "rope_theta": rope.get("rope_theta") or values.get("rope_theta") or 10000.0,
@@ -135,14 +136,20 @@ def _own_config(path: Path, own: Mapping[str, Any], config: ModelConfig) -> Mode
     if not OWN_FORMAT.items() <= own.items() or not {"model", "context", "eos_id", "facts"} <= own.keys():
         raise UserError(f"{path / OWN}: is not {OWN_FORMAT} with model, context, eos_id and facts; export again")
     ours = from_dict(ModelConfig, own["model"], f"{path / OWN}: model")
-    theirs = llama_config_dict(config) | {"n_future_tokens": config.n_future_tokens}
-    for key, value in (llama_config_dict(ours) | {"n_future_tokens": ours.n_future_tokens}).items():
+    theirs = _all_values(config)
+    for key, value in _all_values(ours).items():
         if theirs[key] != value:
             raise UserError(
                 f"{path}: {key} is {theirs[key]} in {CONFIG} and {value} in {OWN}; "
                 f"remove {OWN} where {CONFIG} is right, or export again"
             )
     return ours
+
+
+def _all_values(config: ModelConfig) -> dict[str, Any]:
+    """What an export's ``config.json`` says of the architecture."""
+    own = {key: getattr(config, key) for key in ("n_future_tokens", "replicated_unembedding")}
+    return llama_config_dict(config) | own
 
 
 def own_record(source_config: ModelConfig, context: int | None, eos_id: int | None, facts: dict) -> dict[str, Any]:

@@ -11,23 +11,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megamtp.convert.formats import LLAMA, VOCABULARY_TABLES, extra_head, padded_shape
+from megamtp.model.initialize import kind_of
 from megamtp.model.transformer import ModelConfig
 
 
 def to_llama_state_dict(parameters: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Logical parameters -> the state dict of a ``LlamaForCausalLM`` made of the trunk and head 1.
 
-    It has n_layers - n + 1 layers, the last of them head 1; the other heads are left out. Tensors keep their
-    dtype and share memory with ``parameters``. The two vocabulary tables come as (padded_vocab_size, dim) and leave
-    as (vocab_size, dim). Raises ``KeyError`` for a parameter that is missing and ``ValueError`` for one
-    whose shape is not the config's.
+    It has n_layers - n + 1 layers, the last of them head 1, and head 1's unembedding; the other heads are left out.
+    Tensors keep their dtype and share memory with ``parameters``. The two vocabulary tables come as
+    (padded_vocab_size, dim) and leave as (vocab_size, dim). Raises ``KeyError`` for a parameter that is missing and
+    ``ValueError`` for one whose shape is not the config's.
     """
     state = {}
     for name, llama_name in _names(config).items():
         if name not in parameters:
             raise KeyError(f"parameter {name} is missing")
         _check_shape(name, parameters[name], padded_shape(name, config))
-        state[llama_name] = parameters[name][: config.vocab_size] if name in VOCABULARY_TABLES else parameters[name]
+        is_table = kind_of(name) in VOCABULARY_TABLES
+        state[llama_name] = parameters[name][: config.vocab_size] if is_table else parameters[name]
     return state
 
 
@@ -50,7 +52,7 @@ def from_llama_state_dict(state: Mapping[str, Tensor], config: ModelConfig) -> d
     parameters = {}
     for name, llama_name in names.items():
         tensor, shape = state[llama_name], padded_shape(name, config)
-        if name in VOCABULARY_TABLES:
+        if kind_of(name) in VOCABULARY_TABLES:
             _check_shape(llama_name, tensor, (config.vocab_size, config.dim))
             tensor = F.pad(tensor, (0, 0, 0, shape[0] - config.vocab_size))
         _check_shape(llama_name, tensor, shape)

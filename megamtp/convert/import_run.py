@@ -130,7 +130,8 @@ class WithHeads(Source):
         if name in self._held:
             return self.source.rows(name, start, stop)
         if self.new_heads == "copy":
-            return self.source.rows("heads.0." + name.split(".", 2)[2], start, stop)
+            kind, _, rest = name.split(".", 2)  # of heads.{k}.*, or output.{k}.weight
+            return self.source.rows(f"{kind}.0.{rest}", start, stop)
         shape = self.shape(name)
         out = torch.empty((stop - start, *shape[1:]))
         initialize_(out, name, self.config, self.seed, Shard(shape, start=start, length=stop - start))

@@ -20,7 +20,7 @@ def model_card(config: ModelConfig, context: int | None, facts: dict[str, Any], 
         + ("tags:\n- multi-token-prediction\n" if n > 1 else "")
         + "---",
         f"# Llama with {n} heads for multi-token prediction" if n > 1 else "# Llama",
-        _introduction(n),
+        _introduction(config),
         "## Architecture\n\n" + _table(_architecture(config, context, dtype, total, extra)),
     ]
     if training := _training(facts):
@@ -35,13 +35,15 @@ def model_card(config: ModelConfig, context: int | None, facts: dict[str, Any], 
     return "\n\n".join(sections) + "\n"
 
 
-def _introduction(n: int) -> str:
+def _introduction(config: ModelConfig) -> str:
+    n = config.n_future_tokens
+    unembedding = "an unembedding for each" if config.replicated_unembedding else "one unembedding"
     if n == 1:
         return "A decoder-only language model in the Llama architecture, pretrained with megamtp."
     return (
         f"A decoder-only language model that was trained to predict the next {n} tokens at once (multi-token "
         f"prediction, arXiv:2404.19737): a shared trunk and {n} heads, each one Llama block, with one final norm and "
-        "one unembedding. Trunk and head 1, the next-token head, are a plain Llama, which is what `transformers` "
+        f"{unembedding}. Trunk and head 1, the next-token head, are a plain Llama, which is what `transformers` "
         f"loads without custom code. Heads 2 to {n} lie in `extra_heads.safetensors`."
     )
 

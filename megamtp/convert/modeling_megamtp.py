@@ -2,7 +2,8 @@
 
 The folder that carries this file is a plain Llama (the trunk and head 1, its last layer) and, in a file that the
 index of weights does not name, heads 2..n: one decoder layer each, which reads what head 1 reads. All heads share
-the final norm and the unembedding; head k predicts the k-th next token. ``generate`` uses heads 2..n to draft
+the final norm, and the unembedding unless ``config.replicated_unembedding`` gives each its own; head k predicts the
+k-th next token. ``generate`` uses heads 2..n to draft
 tokens, which the next forward verifies: its output is that of the plain Llama, in fewer forwards.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -23,6 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.utils import cached_file
 
 EXTRA_HEADS = "extra_heads.safetensors"
+EXTRA = ("extra_heads.", "extra_lm_heads.")  # what it holds
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # What of a GenerationConfig drafting knows, and what says nothing about how tokens are chosen.
 SUPPORTED = {"do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens"}
@@ -33,16 +35,20 @@ PLAIN = "pass draft_heads=0 to generate without drafting"
 class MultiTokenLlamaForCausalLM(LlamaForCausalLM):
     """``config.n_future_tokens`` heads; ``forward`` and training are ``LlamaForCausalLM``'s, of head 1 alone.
 
-    ``extra_heads[j]`` is head j + 2. It gets no gradient from ``forward``: train it with ``multi_token_logits``.
+    ``extra_heads[j]`` is head j + 2, ``extra_lm_heads[j]`` its unembedding where heads have their own. They get no
+    gradient from ``forward``: train them with ``multi_token_logits``.
     """
 
     _auto_class = "AutoModelForCausalLM"  # save_pretrained then copies this file too
-    _keys_to_ignore_on_load_missing = [r"^extra_heads\."]  # they come from their own file
+    _keys_to_ignore_on_load_missing = [r"^extra_(lm_)?heads\."]  # they come from their own file
 
     def __init__(self, config):
         super().__init__(config)
         layers = range(config.num_hidden_layers, config.num_hidden_layers + config.n_future_tokens - 1)
         self.extra_heads = nn.ModuleList(LlamaDecoderLayer(config, layer_idx=i) for i in layers)  # i: cache slot
+        n_outputs = len(self.extra_heads) if getattr(config, "replicated_unembedding", False) else 0
+        outputs = (nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in range(n_outputs))
+        self.extra_lm_heads = nn.ModuleList(outputs)
         self.post_init()
 
     @classmethod
@@ -60,7 +66,7 @@ class MultiTokenLlamaForCausalLM(LlamaForCausalLM):
         return loaded
 
     def _load_extra_heads(self, path: str) -> None:
-        wanted = {name: value for name, value in self.named_parameters() if name.startswith("extra_heads.")}
+        wanted = {name: value for name, value in self.named_parameters() if name.startswith(EXTRA)}
         if getattr(self, "hf_quantizer", None) is not None or any(value.is_meta for value in wanted.values()):
             raise ValueError("extra heads cannot be quantized or offloaded: load the model whole, or as a plain Llama")
         try:
@@ -86,7 +92,7 @@ class MultiTokenLlamaForCausalLM(LlamaForCausalLM):
         refused += [] if kwargs.get("safe_serialization", True) else ["safe_serialization=False"]
         refused += ["a PEFT adapter"] if getattr(self, "_hf_peft_config_loaded", False) else []
         state = self.state_dict() if state_dict is None else state_dict
-        extra = {name: value.contiguous() for name, value in state.items() if name.startswith("extra_heads.")}
+        extra = {name: value.contiguous() for name, value in state.items() if name.startswith(EXTRA)}
         refused += [] if extra or not len(self.extra_heads) else ["a state_dict that lacks the extra heads"]
         if refused:
             raise ValueError(f"a multi-token model is not saved with {', '.join(refused)}")
@@ -110,6 +116,12 @@ class MultiTokenLlamaForCausalLM(LlamaForCausalLM):
         self.config.architectures = ["LlamaForCausalLM"]  # for who loads it without this file
         self.config.save_pretrained(save_directory)
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        """As ``LlamaForCausalLM``'s; ``ValueError`` where heads have unembeddings of their own, which it leaves out."""
+        if len(self.extra_lm_heads):
+            raise ValueError("heads with unembeddings of their own keep their vocabulary: resize the plain Llama")
+        return super().resize_token_embeddings(*args, **kwargs)
+
     def multi_token_logits(self, input_ids: Tensor, attention_mask=None, position_ids=None) -> Tensor:
         """Logits (n, b, s, V) of all heads, head 1 first. ``input_ids``, ``attention_mask``, ``position_ids`` (b, s).
 
@@ -119,7 +131,7 @@ class MultiTokenLlamaForCausalLM(LlamaForCausalLM):
         visible = _visible(input_ids, attention_mask)
         z, context = self._trunk(input_ids, visible, _positions(visible) if position_ids is None else position_ids)
         heads = (self.model.layers[-1], *self.extra_heads)
-        return torch.stack([self._logits(_apply(head, z, context)) for head in heads])
+        return torch.stack([self._logits(_apply(head, z, context), k) for k, head in enumerate(heads)])
 
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, *, draft_heads=None, streamer=None, **kwargs):
@@ -224,7 +236,7 @@ class MultiTokenLlamaForCausalLM(LlamaForCausalLM):
             last = block.shape[1] - 1 - n_drafts + accepted  # the block's last position that was accepted
             hidden = [_apply(head, z, context)[index, last] for head in self.extra_heads[:n_next]]
             hidden = torch.stack(hidden, dim=1) if hidden else z[:, :0]
-            draft_scores = _warped(self._logits(hidden), warpers)
+            draft_scores = _warped(self._draft_logits(hidden), warpers)
             visible[:, visible.shape[1] - n_drafts :] = torch.arange(n_drafts, device=index.device) < accepted[:, None]
             if used < n_drafts:
                 cache.crop(used - n_drafts)  # negative: so many slots less
@@ -256,8 +268,16 @@ class MultiTokenLlamaForCausalLM(LlamaForCausalLM):
             hidden = _apply(layer, hidden, context)
         return hidden, context
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(self.model.norm(hidden))
+    def _logits(self, hidden: Tensor, k: int = 0) -> Tensor:
+        """What the 0-based head k makes of its layer's output."""
+        output = self.extra_lm_heads[k - 1] if k and len(self.extra_lm_heads) else self.lm_head
+        return output(self.model.norm(hidden))
+
+    def _draft_logits(self, hidden: Tensor) -> Tensor:
+        """hidden (b, m, d) of heads 2..m + 1 -> (b, m, V)."""
+        if not len(self.extra_lm_heads) or not hidden.shape[1]:
+            return self._logits(hidden)  # one product for all
+        return torch.stack([self._logits(x, k) for k, x in enumerate(hidden.unbind(1), start=1)], dim=1)
 
 
 def _apply(layer: nn.Module, hidden: Tensor, context: dict) -> Tensor:

@@ -16,12 +16,18 @@ from megamtp.parallel.tensor import Shard
 ROWS_PER_BLOCK = 256
 
 
+def kind_of(name: str) -> str:
+    """What the parameter ``name`` is: "wq" of ``layers.0.attention.wq.weight``, "output" of ``output.3.weight``."""
+    *_, kind, _weight = (part for part in name.split(".") if not part.isdigit())
+    return kind
+
+
 def initialize_(parameter: Tensor, name: str, config: ModelConfig, seed: int, shard: Shard | None = None) -> None:
     """Fill ``parameter``, the slice ``shard`` of the logical tensor ``name`` (default: all of it), in place.
 
     Raises ``ValueError`` for an unknown kind.
     """
-    *_, kind, _weight = (part for part in name.split(".") if not part.isdigit())
+    kind = kind_of(name)
     shard = shard or Shard(tuple(parameter.shape))
     with torch.no_grad():
         if kind in ("attention_norm", "ffn_norm", "norm"):

@@ -74,7 +74,7 @@ def _cut(value: Tensor, how: int) -> list[tuple[int, tuple[int, int] | None, Ten
 
 
 def stripped(name: str, value: Tensor, config: ModelConfig) -> Tensor:
-    return value[: config.vocab_size] if name in ("tok_embeddings.weight", "output.weight") else value
+    return value[: config.vocab_size] if name.startswith(("tok_embeddings.", "output.")) else value
 
 
 def foreign_llama(folder: Path, dtype: torch.dtype = torch.float32, shard_size: str = "50GB", **changes: Any):

@@ -40,9 +40,13 @@ def write_folder(folder, model, config, **extra_config):
         if name.startswith("heads.") and not name.startswith("heads.0."):
             head, part = name.removeprefix("heads.").removesuffix(".weight").split(".", 1)
             extra[f"extra_heads.{int(head) - 1}.{BLOCK[part]}.weight"] = value
+        elif name.startswith("output.") and name not in ("output.weight", "output.0.weight"):
+            extra[f"extra_lm_heads.{int(name.split('.')[1]) - 1}.weight"] = value[: config.vocab_size].contiguous()
     if extra:
         save_file(extra, folder / "extra_heads.safetensors")
     shutil.copyfile(CODE, folder / "modeling_megamtp.py")
+    if config.replicated_unembedding:
+        extra_config["replicated_unembedding"] = True
     edit_json(
         folder / "config.json",
         auto_map={"AutoModelForCausalLM": "modeling_megamtp.MultiTokenLlamaForCausalLM"},

@@ -26,6 +26,7 @@ LAYOUTS = {
     "PP 2, ZeRO-1, bf16": (2, {"parallel.pipeline": 2, "parallel.zero_stage": 1, "training.precision": "bf16"}),
     "DP 2, ZeRO-1, bf16": (2, {"parallel.zero_stage": 1, "training.precision": "bf16"}),
     "TP 2, DP 2, ZeRO-3": (4, {"parallel.tensor": 2, "parallel.zero_stage": 3}),
+    "an unembedding for each head, TP 2": (2, {"parallel.tensor": 2, "model.replicated_unembedding": True}),
 }
 
 
@@ -78,6 +79,8 @@ def test_logits_are_those_of_the_training_model(trained, tmp_path):
             prefix = f"extra_heads.{j}."
             state = {name.removeprefix(prefix): t for name, t in extra.items() if name.startswith(prefix)}
             model.model.layers[-1].load_state_dict(state)
+            if config.replicated_unembedding:
+                model.lm_head.weight = torch.nn.Parameter(extra[f"extra_lm_heads.{j}.weight"])
             ours = our_model(config, parameters)(tokens)[j + 1][..., : config.vocab_size]
             assert (ours - model(tokens).logits).abs().max() < 1e-5
 

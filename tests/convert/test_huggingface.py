@@ -17,7 +17,14 @@ def their_model(config):
 
 
 @pytest.mark.parametrize(
-    "overrides", [{}, {"n_kv_heads": 2}, {"n_layers": 6, "n_future_tokens": 3}, {"vocab_size": 64}]
+    "overrides",
+    [
+        {},
+        {"n_kv_heads": 2},
+        {"n_layers": 6, "n_future_tokens": 3},
+        {"n_layers": 6, "n_future_tokens": 3, "replicated_unembedding": True},
+        {"vocab_size": 64},
+    ],
 )
 def test_names_and_shapes_are_those_of_transformers(overrides):
     config = small_config(**overrides)
@@ -36,25 +43,28 @@ def test_head_one_becomes_the_last_layer_and_the_others_stay_behind():
     assert not any(name.startswith("model.layers.4") for name in state)
 
 
-def test_padding_is_stripped():
-    config = small_config()
+@pytest.mark.parametrize(
+    ("overrides", "name"), [({}, "output.weight"), ({"replicated_unembedding": True}, "output.0.weight")]
+)
+def test_padding_is_stripped(overrides, name):
+    config = small_config(n_future_tokens=2, **overrides)
     parameters = parameters_of(config)
     state = to_llama_state_dict(parameters, config)
-    assert config.padded_vocab_size == len(parameters["output.weight"]) == 64
-    assert torch.equal(state["lm_head.weight"], parameters["output.weight"][:50])
+    assert config.padded_vocab_size == len(parameters[name]) == 64
+    assert torch.equal(state["lm_head.weight"], parameters[name][:50])
     assert torch.equal(state["model.embed_tokens.weight"], parameters["tok_embeddings.weight"][:50])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n_kv_heads", [None, 2])
-def test_round_trip_from_here(n_kv_heads, dtype):
-    config = small_config(n_kv_heads=n_kv_heads)
+@pytest.mark.parametrize("overrides", [{}, {"n_kv_heads": 2}, {"replicated_unembedding": True}])
+def test_round_trip_from_here(overrides, dtype):
+    config = small_config(**overrides)
     parameters = parameters_of(config, dtype)
     back = from_llama_state_dict(to_llama_state_dict(parameters, config), config)
     assert set(back) == set(parameters)
     for name, value in back.items():
         wanted = parameters[name].clone()
-        if name in ("tok_embeddings.weight", "output.weight"):
+        if name.startswith(("tok_embeddings.", "output.")):
             wanted[50:] = 0
         assert value.dtype == dtype and torch.equal(value, wanted), name
 

@@ -106,6 +106,34 @@ def test_fewer_heads(tmp_path):
     assert torch.equal(ours.tensor("heads.1.ffn_norm.weight"), parameters["heads.1.ffn_norm.weight"])
 
 
+def test_heads_with_unembeddings_of_their_own(tmp_path):
+    """Through an export and back: the same; more heads get copies of head 1's, fewer leave theirs behind."""
+    config = config_of_run(vocab_size=257, replicated_unembedding=True)
+    parameters = parameters_of(config)
+    run = write_run(tmp_path / "run", config, parameters)
+    export(run, tmp_path / "out", dtype=torch.float32)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["replicated_unembedding"] is True
+    import_run(tmp_path / "out", tmp_path / "back")
+    (tmp_path / "out" / "megamtp.json").unlink()  # config.json alone knows it, too
+    import_run(tmp_path / "out", tmp_path / "again")
+    for folder in ("back", "again"):
+        ours = newest(tmp_path / folder)
+        assert ours.manifest["model"]["replicated_unembedding"] is True
+        assert set(ours.manifest["tensors"]) == set(parameters)
+        for name in parameters:
+            assert torch.equal(stripped(name, ours.tensor(name), config), stripped(name, parameters[name], config)), (
+                name
+            )
+    for n in (2, 6):
+        import_run(run, tmp_path / f"{n}", n_future_tokens=n)
+        ours = newest(tmp_path / f"{n}")
+        held = [name for name in ours.manifest["tensors"] if name.startswith("output.")]
+        assert sorted(held) == [f"output.{k}.weight" for k in range(n)]
+        for k in range(n):
+            expected = parameters[f"output.{k if k < 4 else 0}.weight"]
+            assert torch.equal(ours.tensor(f"output.{k}.weight")[:257], expected[:257])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_metas_layout(tmp_path, dtype):

@@ -14,11 +14,16 @@ from tests.model.llama import head_config, llama
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_logits_are_those_of_our_model(tmp_path, n, attention):
-    ours, _, folder = make(tmp_path, n_future_tokens=n)
+@pytest.mark.parametrize(
+    ("attention", "replicated"),
+    [("sdpa", False), ("eager", False), ("sdpa", True)],
+    ids=["sdpa", "eager", "replicated"],
+)
+def test_logits_are_those_of_our_model(tmp_path, n, attention, replicated):
+    ours, _, folder = make(tmp_path, n_future_tokens=n, replicated_unembedding=replicated)
     model = load(folder, attn_implementation=attention)
     assert type(model).__name__ == "MultiTokenLlamaForCausalLM" and len(model.extra_heads) == n - 1
+    assert len(model.extra_lm_heads) == (n - 1 if replicated else 0)
     tokens = random_tokens(3, 9)
     with torch.no_grad():
         wanted = ours.output_heads.logits(*ours.trunk(tokens))
@@ -34,8 +39,9 @@ def test_logits_are_those_of_our_model(tmp_path, n, attention):
             torch.testing.assert_close(logits[:, row, 9 - length :], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_each_head_is_a_plain_llamas_last_layer(tmp_path):
-    ours, config, folder = make(tmp_path)
+@pytest.mark.parametrize("replicated", [False, True])
+def test_each_head_is_a_plain_llamas_last_layer(tmp_path, replicated):
+    ours, config, folder = make(tmp_path, replicated_unembedding=replicated)
     parameters = {name: value.detach() for name, value in logical_parameters(ours)}
     tokens = random_tokens(2, 7)
     with torch.no_grad():
@@ -148,6 +154,20 @@ def test_a_saved_model_loads_both_ways(exported, tmp_path, shard, in_place):
     assert set(back.state_dict()) == set(state)
     assert all(torch.equal(value, state[name]) for name, value in back.state_dict().items())
     assert all(torch.equal(value, state[name]) for name, value in stock.state_dict().items())
+
+
+def test_unembeddings_of_their_own_are_saved_and_loaded(tmp_path):
+    model = load(make(tmp_path / "made", replicated_unembedding=True)[2], dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "saved")
+    state, back = model.state_dict(), load(tmp_path / "saved").state_dict()
+    assert len([name for name in state if name.startswith("extra_lm_heads.")]) == 3
+    assert set(back) == set(state) and all(torch.equal(back[name], state[name]) for name in state)
+    index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
+    assert not any("extra" in name for name in index["weight_map"])
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert type(stock) is LlamaForCausalLM and torch.equal(stock.lm_head.weight, state["lm_head.weight"])
+    with pytest.raises(ValueError, match="keep their vocabulary"):
+        model.resize_token_embeddings(60)
 
 
 def test_saving_a_state_dict_that_was_gathered_elsewhere(exported, tmp_path):

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tests.convert.remote import load, make, padded, random_tokens
 
@@ -26,6 +26,20 @@ def test_greedy_is_transformers_own(fp64, draft_heads, batched):
         wanted = stock.generate(**batch, **options)
         assert (wanted == 3).any() or wanted.shape[1] < 23
         assert torch.equal(model.generate(**batch, **options, draft_heads=draft_heads), wanted)
+
+
+def test_greedy_with_unembeddings_of_their_own(tmp_path):
+    """Drafts change no token, and each head's come from its own matrix."""
+    _, config, folder = make(tmp_path, dtype=torch.float64, init_std=0.15, replicated_unembedding=True)
+    model, stock = load(folder, dtype=torch.float64), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    batch = padded(random_tokens(4, 6), [6, 1, 4, 5])
+    plain = stock.generate(**batch, max_new_tokens=17)
+    for draft_heads in range(config.n_future_tokens):
+        assert torch.equal(model.generate(**batch, max_new_tokens=17, draft_heads=draft_heads), plain)
+    hidden = torch.randn(2, 3, config.dim, dtype=torch.float64)
+    drafts = model._draft_logits(hidden)
+    for j, output in enumerate(model.extra_lm_heads):
+        torch.testing.assert_close(drafts[:, j], model.model.norm(hidden[:, j]) @ output.weight.T, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("draft_heads", [1, 2])

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megamtp.convert.formats import META
+from megamtp.convert.formats import LLAMA, META, extra_head
 from megamtp.convert.huggingface import from_llama_state_dict
 from megamtp.convert.source import open_source
 from megamtp.errors import UserError
+from megamtp.model.model import build_model, logical_parameters
 from megamtp.training.checkpoint import write_manifest
 from tests.convert.models import config_of_run, foreign_llama, parameters_of, stripped, write_run
 
@@ -213,6 +214,17 @@ def test_names_of_a_format_are_distinct_and_all_there(config, parameters):
     assert set(names) == set(parameters) and len(set(names.values())) == len(names)
     assert names["heads.0.attention.wq.weight"] == "layers.2.attention.wq.weight"
     assert names["heads.3.ffn_norm.weight"] == "extra_heads.2.ffn_norm.weight"
+
+
+def test_unembeddings_of_their_own_have_a_place_in_hugging_faces_format_alone():
+    config = config_of_run(replicated_unembedding=True)
+    names = LLAMA.names(config)
+    assert set(names) == {name for name, _ in logical_parameters(build_model(config, seed=None))}
+    theirs = ["lm_head.weight", *(f"extra_lm_heads.{j}.weight" for j in range(3))]
+    assert [names[f"output.{k}.weight"] for k in range(4)] == theirs
+    assert [extra_head(f"output.{k}.weight") for k in range(4)] == [False, True, True, True]
+    with pytest.raises(UserError, match="a format with one unembedding cannot hold 4; export to Hugging Face's"):
+        META.names(config)
 
 
 def test_nothing_heavy_is_imported(run_dir):
