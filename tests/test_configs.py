@@ -55,7 +55,11 @@ def test_recipe_is_the_papers(name):
     model = config.model
     assert (model.dim, model.n_layers, model.n_heads, model.n_future_tokens) == (dim, n_layers, n_heads, int(n))
     assert model.vocab_size == (257 if "bytes" in name else 32_000)
-    if "bytes" not in name:
+    assert model.replicated_unembedding == ("bytes" in name)
+    if "bytes" in name:  # blocks, tables of 384 rows for the embedding and each head, the norm
+        blocks = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+        assert parameters(model).total == blocks + (1 + 8) * 384 * 4096 + 4096
+    else:
         assert parameters(model).total / 1e9 == pytest.approx(float(size[:-1]), rel=0.1)
     batch, steps, warmup, context, ratio = RECIPES[run if run in RECIPES else "small"]
     training, schedule, optimizer = config.training, config.schedule, config.optimizer
