@@ -60,8 +60,11 @@ await_silent_nodes() {
   timeout=$((${timeout:-300} + 60))
   say "no answer from $silent: SLURM should give it up and requeue this job within $timeout s"
   trap 'exit 143' TERM
+  trap 'stopped=USR1' USR1  # the time limit is near, after which the job could no longer requeue itself
   sleep "$timeout" &
-  while kill -0 $! 2>/dev/null; do wait $!; done  # a signal had ended `wait`, not the sleep
+  local sleeping=$!
+  while kill -0 $sleeping 2>/dev/null && [ "$stopped" != USR1 ]; do wait $sleeping; done
+  kill $sleeping 2>/dev/null
   say "SLURM has not requeued this job"
 }
 

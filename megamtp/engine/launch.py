@@ -12,17 +12,14 @@ from megamtp.errors import UserError
 from megamtp.parallel.environment import launch_environment, set_rendezvous
 from megamtp.parallel.groups import ParallelConfig, ProcessGrid
 
-TIMEOUT = timedelta(minutes=10)  # for ranks that never come, and for the neighbours of one that hangs
+TIMEOUT = timedelta(minutes=10)  # for ranks that never come, and for the neighbours of one that hangs at start
 
 
-def start_processes(
-    parallel: ParallelConfig | None = None, kv_heads: int = 1, timeout: timedelta = TIMEOUT
-) -> ProcessGrid:
+def start_processes(parallel: ParallelConfig | None = None, kv_heads: int = 1) -> ProcessGrid:
     """Join the other ranks (NCCL on GPUs, gloo on CPUs) and return this process's place in the layout.
 
     Call before ``build_engine``; ``stop_processes`` undoes it. ``kv_heads`` of the model decide which ranks share
-    key/value heads; ``timeout`` is that of collectives. Raises ``UserError`` where the launcher's variables or the
-    number of ranks do not fit.
+    key/value heads. Raises ``UserError`` where the launcher's variables or the number of ranks do not fit.
     """
     environment = launch_environment()
     rank, world_size, local_rank, _ = environment
@@ -46,7 +43,7 @@ def start_processes(
         backend = "nccl" if use_cuda else "gloo"
         if world_size > 1:
             # Without device_id: with one, NCCL's groups would need every rank of the world to be made.
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(backend, timeout=TIMEOUT)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     _tame_deepspeed()
@@ -69,6 +66,13 @@ def _device_index(local_rank: int) -> int:
     if count > 1 and local_rank >= count:
         raise UserError(f"local rank {local_rank}: this node shows {count} GPUs; start at most {count} ranks on it")
     return local_rank if count > 1 else 0
+
+
+def set_timeouts(timeout: timedelta) -> None:
+    """How long the ranks of every group that exists may wait for each other from now on. Every rank calls it."""
+    # new_group takes a time-out, but DeepSpeed's groups are made by DeepSpeed, with PyTorch's defaults.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def stop_processes() -> None:

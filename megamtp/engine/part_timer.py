@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ class PartTimer:
     """Adds up seconds by named parts; on a GPU those of its stream, by events that are waited for when read."""
 
     def __init__(self, device: torch.device):
+        self.on_part: Callable[[], None] = lambda: None  # called when a part begins
         self._on_gpu = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._running: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -20,6 +21,7 @@ class PartTimer:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """What runs inside belongs to ``name``."""
+        self.on_part()
         if self._on_gpu:
             first, last = self._event(), self._event()
             first.record()

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import asdict
-from datetime import timedelta
 
 import torch
 
@@ -50,11 +49,9 @@ def pretrain(config: RunConfig, dry_run: bool = False) -> int:
     elif on_cpu:
         keep_freed_memory()
 
-    from megamtp.engine.launch import TIMEOUT, start_processes, stop_processes
+    from megamtp.engine.launch import start_processes, stop_processes
 
-    # What hangs is to be named before PyTorch ends the ranks that wait for it.
-    timeout = max(TIMEOUT, timedelta(seconds=1.5 * (config.training.hang_timeout or 0) + 60))
-    grid = start_processes(config.parallel, config.model.kv_heads, timeout)
+    grid = start_processes(config.parallel, config.model.kv_heads)
     check_kernels(config, grid)
     code = train(config, grid)
     stop_processes()

@@ -16,6 +16,7 @@ from megamtp.data.datasets import ALL, Data, DataConfig, Share, describe_data, o
 from megamtp.data.loader import Batch, Loader, dead_workers_told, validation_batches, validation_rounds
 from megamtp.engine.build import build_engine
 from megamtp.engine.engine import Engine, ModelInputs
+from megamtp.engine.launch import TIMEOUT, set_timeouts
 from megamtp.errors import RunFailure, UserError
 from megamtp.files import write_atomic
 from megamtp.parallel.groups import ProcessGrid
@@ -163,6 +164,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
                 log = RunLog(run_dir, config, grid, state.step, bytes_before)
         if log:
             log.started(checkpoint, damaged, is_over=state.step >= last_step)
+        engine.timer.on_part = watchdog.moved
         saver = Saver(
             run_dir / "checkpoints",
             engine,
@@ -188,6 +190,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
                 log.evaluated(state.step, sets, heads)
 
         ending = closing(loader) if loader else nullcontext()
+        set_timeouts(watchdog.longest)
         with log or nullcontext(), ending, dead_workers_told(), watchdog:
             while state.step < last_step and stop_signal is None:
                 started = time.perf_counter()
@@ -205,6 +208,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
                     log.trained(state, heads, result, lr, times, loader.epochs)
                     log.saved(saver.finished())
                 if state.guard.gives_up:
+                    watchdog.mark(state.step, "rollback", SAVE_PATIENCE)
                     go_back(config, grid, engine, saver, state, log)
                     save()
                     continue
@@ -220,6 +224,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
             if log:
                 log.saved(saved)
                 log.stopped(state.step, stop_signal)
+    set_timeouts(TIMEOUT)
     if saved and saved.error:
         raise RunFailure(
             f"the last checkpoint was not written: {saved.error}; mend that, and run the same command again"

@@ -42,7 +42,7 @@ class TrainingConfig:
     hang_timeout: Annotated[float, Field(ge=1)] | None = option(
         360,
         "seconds that a run may stand still before it names the rank that hangs and ends with exit code 75; more than "
-        "a step ever takes; a save may take ten times that; null = not watched",
+        "a micro-batch or an update ever takes; a save may take ten times that; null = not watched",
     )
     stop_after: PositiveInt | None = option(None, "save and stop at this step, without changing the schedule")
     peak_tflops: Annotated[float, Field(gt=0)] | None = option(

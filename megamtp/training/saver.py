@@ -21,6 +21,8 @@ from megamtp.engine.engine import Engine
 from megamtp.engine.fragments import fragments, optimizer_steps
 from megamtp.training.checkpoint import Snapshot, write_checkpoint
 
+SAVER_THREAD = "saver"
+
 
 class Saved(NamedTuple):
     """How a save has ended; ``error`` is what kept it from being written, on all ranks alike."""
@@ -59,7 +61,9 @@ class Saver:
             self._write(snapshot, started, None)
             return before
         stall = time.perf_counter() - started
-        self._thread = threading.Thread(target=self._write, args=(snapshot, started, stall), daemon=True, name="saver")
+        self._thread = threading.Thread(
+            target=self._write, args=(snapshot, started, stall), daemon=True, name=SAVER_THREAD
+        )
         self._thread.start()
         return before
 

@@ -7,25 +7,32 @@ is alive reads all of them. It is files, not messages: every channel that the ra
 
 import faulthandler
 import json
+import linecache
 import os
 import socket
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 from megamtp.errors import UserError
 from megamtp.parallel.groups import ProcessGrid
+from megamtp.training.faults import LONG
 from megamtp.training.metrics import append_event
+from megamtp.training.saver import SAVER_THREAD
 
 EXIT_HANG = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the input, starting again may do
 TICKS = 40  # of a time-out
 FIRST_LOOK = 30  # tick of a standstill at which beats are remembered; file systems may show them late by up to a minute
 LAST_WAIT = 50  # tick at which a rank stops waiting for a lower one to judge
 BEAT_BYTES = 1024
-SAVE_PATIENCE = 10  # time-outs that a save may take: a slow file system is no hang
+FIRST_PATIENCE = 2  # time-outs that a part may take when it is new: kernels are compiled, connections made
+SAVE_PATIENCE = 10  # that a save may take, or going back to one: a slow file system is no hang
 STATES = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waits for a disk or file system", "Z": "dead"}
 
 
@@ -36,7 +43,8 @@ class Beat(NamedTuple):
     marks: int  # passed so far; all ranks pass the same
     step: int
     part: str
-    waits: bool  # its main thread is inside a collective
+    still: float  # ticks since it last moved; of ``TICKS``, where its patience ends
+    waits: bool  # its main thread waits for other ranks
     where: str  # innermost Python frame of its main thread
     host: str
     pid: int
@@ -54,6 +62,8 @@ class Watchdog:
     def __init__(self, run_dir: Path, grid: ProcessGrid, timeout: float | None):
         self.run_dir, self.folder, self.grid, self.timeout = run_dir, run_dir / "watchdog", grid, timeout
         self._step, self._part, self._patience, self._marks, self._moves = 0, "start", 1, 0, 0
+        self._parts: set[str] = set()
+        self._armed = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
         self._host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -65,6 +75,7 @@ class Watchdog:
                 raise UserError(message) from None
             if grid.is_main:
                 self._verdict.unlink(missing_ok=True)
+            _keep_stacks(self.stacks(grid.rank))
 
     def __enter__(self) -> "Watchdog":
         if self.timeout:
@@ -81,20 +92,29 @@ class Watchdog:
             is_empty = os.fstat(self._stacks.fileno()).st_size == 0
             self._stacks.close()
             if is_empty:
-                self.stacks(self.grid.rank).unlink()
+                self.stacks(self.grid.rank).unlink(missing_ok=True)
+
+    @property
+    def longest(self) -> timedelta:
+        """For which ranks may wait for each other: the watchdog comes first, where it watches."""
+        return timedelta(seconds=1.5 * SAVE_PATIENCE * self.timeout) if self.timeout else LONG
 
     def mark(self, step: int, part: str, patience: int = 1) -> None:
         """This rank begins ``part`` of the step after ``step``, which may take ``patience`` time-outs.
 
         All ranks pass the same marks in the same order.
         """
-        self._step, self._part, self._patience, self._marks = step, part, patience, self._marks + 1
+        self._step, self._part, self._marks = step, part, self._marks + 1
+        self._patience = patience if part in self._parts else max(patience, FIRST_PATIENCE)
+        self._parts.add(part)
+        self._armed = 0.0
         self.moved()
 
     def moved(self) -> None:
         """Something has got done inside a part that may take long."""
         self._moves += 1
-        if self.timeout:
+        if self.timeout and time.monotonic() - self._armed > self.timeout / TICKS:
+            self._armed = time.monotonic()
             # By a thread that is not Python's: it also sees a main thread that holds the interpreter's lock.
             faulthandler.dump_traceback_later(self._limit * FIRST_LOOK / TICKS, file=self._stacks)
 
@@ -116,7 +136,7 @@ class Watchdog:
             beat += 1
             still = still + 1 / self._patience if seen == self._moves and seen > 0 else 0.0
             seen = self._moves
-            self._write(beat)
+            self._write(beat, still)
             if still < FIRST_LOOK:
                 first = None
             elif self._verdict.exists():
@@ -128,6 +148,8 @@ class Watchdog:
                 alive = [
                     rank for rank, was in enumerate(first) if now[rank] and (not was or now[rank].beat != was.beat)
                 ]
+                if any(now[rank].still < TICKS - 3 for rank in alive):  # is busy, or may take longer, as in a save
+                    continue
                 if self.grid.rank == min(alive, default=self.grid.rank) or still >= LAST_WAIT:
                     self._judge(now, [rank for rank in range(len(now)) if rank not in alive])
 
@@ -148,12 +170,9 @@ class Watchdog:
             print(f"hang: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_HANG)
 
-    def _write(self, beat: int) -> None:
-        frame = sys._current_frames()[self._main]
-        where, waits = f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}", False
-        while frame and not waits:
-            waits, frame = frame.f_globals.get("__name__", "").startswith("torch.distributed"), frame.f_back
-        ours = Beat(beat, self._marks, self._step, self._part, waits, where, self._host, os.getpid())
+    def _write(self, beat: int, still: float) -> None:
+        where, waits = _place(self._main)
+        ours = Beat(beat, self._marks, self._step, self._part, round(still, 1), waits, where, self._host, os.getpid())
         try:
             _write_beat(self._path(self.grid.rank), ours)
         except OSError as error:
@@ -165,6 +184,31 @@ class Watchdog:
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.json"
+
+
+def _place(main: int) -> tuple[str, bool]:
+    """Where the main thread is, or the saver's that it waits for, and whether that waits for other ranks."""
+    frames = sys._current_frames()
+    frame, saver = frames[main], next((thread for thread in threading.enumerate() if thread.name == SAVER_THREAD), None)
+    if saver and any(module == "megamtp.training.saver" for module in _modules(frame)):
+        frame = frames.get(saver.ident, frame)
+    path, line = frame.f_code.co_filename, frame.f_lineno
+    # A handle's wait is C, and leaves no frame.
+    waits = ".wait(" in linecache.getline(path, line) or any(m.startswith("torch.distributed") for m in _modules(frame))
+    return f"{path}:{line} {frame.f_code.co_name}", waits
+
+
+def _modules(frame: FrameType | None) -> Iterator[str]:
+    while frame:
+        yield frame.f_globals.get("__name__", "")
+        frame = frame.f_back
+
+
+def _keep_stacks(path: Path) -> None:
+    """What an earlier start has dumped gets a name of its own, with the time of it."""
+    if path.exists() and path.stat().st_size:
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+        path.rename(path.with_suffix(f".{stamp}.stacks"))
 
 
 def _write_beat(path: Path, beat: Beat) -> None:
@@ -189,7 +233,7 @@ def _read_beat(path: Path) -> Beat | None:
 def find_hanging(beats: list[Beat | None], silent: list[int]) -> list[int]:
     """The ranks that the others wait for, ascending; none where that cannot be told.
 
-    They give no sign of life; or have passed fewer marks than others; or are alone outside of a collective.
+    They give no sign of life; or have passed fewer marks than others; or do not wait for others while most do.
     """
     if silent:
         return silent
@@ -197,7 +241,7 @@ def find_hanging(beats: list[Beat | None], silent: list[int]) -> list[int]:
     if min(marks) < max(marks):
         return [rank for rank, passed in enumerate(marks) if passed == min(marks)]
     outside = [rank for rank, beat in enumerate(beats) if not beat.waits]
-    return outside if len(outside) < len(beats) or len(beats) == 1 else []
+    return outside if len(outside) <= len(beats) / 2 or len(beats) == 1 else []
 
 
 def describe(beats: list[Beat | None], hanging: list[int], silent: list[int], timeout: float, host: str) -> list[str]:

@@ -302,6 +302,17 @@ def test_slurm_ends_the_script_that_waits_for_it(run):
     assert (process.returncode, run.calls()) == (143, []), output
 
 
+def test_the_time_limit_ends_the_wait(run):
+    (run.fake / "sleep").write_text('#!/bin/bash\necho "sleep $1" >> "$FAKE/calls"; exec /bin/sleep 20\n')
+    process = run.start(0, saving(10) + failing_with_silent("n2"))
+    wait_for(run.fake / "calls")
+    while "sleep 300" not in (run.fake / "calls").read_text():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=10)
+    assert (process.returncode, run.calls()) == (0, [*REQUEUED, "scontrol update JobId=7 ExcNodeList=n2"]), output
+
+
 def test_a_check_that_fails_everywhere_accuses_no_node(run):
     run.site(site_where_sick(*NODES))
     code, output, calls = run.run(0, saving(10))
@@ -323,7 +334,7 @@ def test_a_node_that_fails_first_twice_is_excluded(run):
 
 def test_a_node_that_hangs_twice_is_excluded_not_the_one_that_tells(run):
     def hanging(start: int, *nodes: str) -> str:
-        beats = [Beat(9, 7, 3, "training", True, "a file.py:1 f", node, 1) for node in ("n1", *nodes)]
+        beats = [Beat(9, 7, 3, "training", 40, True, "a file.py:1 f", node, 1) for node in ("n1", *nodes)]
         told = "\n".join(describe(beats, list(range(1, len(beats))), [1], 360, "n1"))
         messages = "srun: error: n1: task 0: Exited with exit code 75\nsrun: error: n3: task 9: Killed"
         log = f"$RUN/slurm/job-7-start-{start}/rank-000.log"
