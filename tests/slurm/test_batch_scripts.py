@@ -291,23 +291,25 @@ def test_a_node_that_does_not_answer_is_left_to_slurm_for_a_while(run):
     assert "sleep 300" in (run.fake / "calls").read_text()
 
 
-def test_slurm_ends_the_script_that_waits_for_it(run):
+def waiting_for_slurm(run: Run) -> subprocess.Popen:
+    """A batch script that has begun to wait for SLURM to give a node up."""
     (run.fake / "sleep").write_text('#!/bin/bash\necho "sleep $1" >> "$FAKE/calls"; exec /bin/sleep 20\n')
     process = run.start(0, saving(10) + failing_with_silent("n2"))
     wait_for(run.fake / "calls")
     while "sleep 300" not in (run.fake / "calls").read_text():
         time.sleep(0.05)
+    return process
+
+
+def test_slurm_ends_the_script_that_waits_for_it(run):
+    process = waiting_for_slurm(run)
     os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=10)
     assert (process.returncode, run.calls()) == (143, []), output
 
 
 def test_the_time_limit_ends_the_wait(run):
-    (run.fake / "sleep").write_text('#!/bin/bash\necho "sleep $1" >> "$FAKE/calls"; exec /bin/sleep 20\n')
-    process = run.start(0, saving(10) + failing_with_silent("n2"))
-    wait_for(run.fake / "calls")
-    while "sleep 300" not in (run.fake / "calls").read_text():
-        time.sleep(0.05)
+    process = waiting_for_slurm(run)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=10)
     assert (process.returncode, run.calls()) == (0, [*REQUEUED, "scontrol update JobId=7 ExcNodeList=n2"]), output
