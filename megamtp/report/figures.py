@@ -207,7 +207,8 @@ def _time_per_part(runs: list[Run]) -> list[Panel | None]:
         seconds = np.array([[as_number(line["seconds_per_part"].get(name)) for name in names] for line in lines])
         seconds = np.nan_to_num(seconds)  # a part that did not apply
         total = np.array([as_number(line.get("seconds")) for line in lines])
-        other = np.nan_to_num(np.maximum(total - seconds.sum(1), 0))
+        within = [place for place, name in enumerate(names) if name != "checkpoint"]  # which comes before the step
+        other = np.nan_to_num(np.maximum(total - seconds[:, within].sum(1), 0))
         steps, columns = bin_means(steps, np.column_stack([seconds, other]))
         figure = go.Figure()
         for place, (name, column) in enumerate(zip([*names, "other"], columns.T, strict=True)):

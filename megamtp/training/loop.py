@@ -156,7 +156,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
     last_step = min(training.steps, training.stop_after or training.steps)
     # Before the run begins to leave its files: who sees them may want to stop it.
     with StopRequest() as stop:
-        log = stop_signal = None
+        log, stop_signal, stalled = None, None, 0.0
         with fail_together(grid, UserError, OSError):
             watchdog = Watchdog(run_dir, grid, training.hang_timeout)
             if grid.is_main:
@@ -175,6 +175,8 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
         micro_batches = config.micro_batches(grid.world_size)
 
         def save() -> None:
+            nonlocal stalled
+            started = time.perf_counter()
             watchdog.mark(state.step, "checkpoint", SAVE_PATIENCE)
             position = loader and loader.state_dict()  # that of the main rank is written
             before = saver.save(
@@ -182,6 +184,7 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
             )
             if log:
                 log.saved(before)
+            stalled += time.perf_counter() - started
 
         def evaluate() -> None:
             watchdog.mark(state.step, "evaluation")
@@ -202,7 +205,9 @@ def train(config: RunConfig, grid: ProcessGrid) -> int:
                 result = engine.train_step(batches, lr)
                 own = waited + engine.timer.seconds("forward")["forward"]
                 heads, of_ranks = reduce_step(result.sums, result.counts, result.correct, own, grid)
-                times = StepTimes(time.perf_counter() - started, {"data": waited, **engine.timer.seconds()}, of_ranks)
+                parts = {"data": waited, **engine.timer.seconds()} | ({"checkpoint": stalled} if stalled else {})
+                times = StepTimes(time.perf_counter() - started, parts, of_ranks)
+                stalled = 0.0
                 state.count(result.skipped)
                 if log:
                     log.trained(state, heads, result, lr, times, loader.epochs)

@@ -28,7 +28,7 @@ class StepTimes(NamedTuple):
     """Where the time of a step went, in seconds."""
 
     seconds: float  # wall time on the main rank
-    per_part: dict[str, float]  # of it
+    per_part: dict[str, float]  # of it, and "checkpoint", for which training stood still before
     of_ranks: list[float]  # what each rank took by itself
 
 

@@ -101,10 +101,11 @@ def test_a_slow_rank_is_told_and_changes_nothing(corpus, tmp_path, where):
     ids=["one", "1f1b", "dualpipev"],
 )
 def test_the_parts_of_a_step_are_logged(corpus, tmp_path, world_size, layout):
-    changes = {"training.steps": 6, "training.eval_every": 2} | layout
+    changes = {"training.steps": 6, "training.eval_every": 2, "training.checkpoint_every": 3} | layout
     run_ranks(world_size, run_training, run_config(tmp_path, corpus, changes))
     for line in step_lines(tmp_path):
         parts = line["seconds_per_part"]
+        assert (parts.pop("checkpoint", 0) > 0) == (line["step"] == 4)  # the save after step 3 held it up
         assert set(parts) == {"data", "forward", "backward", "step"} and all(x > 0 for x in parts.values())
         # With a pipeline the rest is waiting; without, hardly anything is left.
         assert sum(parts.values()) <= line["seconds"]
