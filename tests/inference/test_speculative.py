@@ -92,6 +92,7 @@ def test_drafts_are_accepted_and_save_forward_passes(decoder, plain):
     assert wide.statistics.tokens_per_forward > found.statistics.tokens_per_forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "dtype"), [(Decoder, torch.float64), (NativeDecoder, torch.float32)])
 def test_heads_with_unembeddings_of_their_own_draft_as_well(kind, dtype):
     decoder = decoder_of(trained_model(replicated=True), dtype, kind=kind)

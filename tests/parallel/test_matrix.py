@@ -21,14 +21,16 @@ EDGES = [
     Case(2, zero=3, mode="joint", clip=1e-3),
 ]
 REPLICATED = [
-    Case(1, zero=0, replicated=True),
     Case(2, zero=2, replicated=True),
     Case(2, zero=3, mode="joint", recompute="full", replicated=True),
+    Case(2, pipeline=2, schedule="dualpipev", zero=0, mode="joint", replicated=True),
+    Case(4, tensor=2, pipeline=2, sequence=True, zero=1, replicated=True),
+]
+MORE_REPLICATED = [
+    Case(1, zero=0, replicated=True),
     Case(2, tensor=2, sequence=True, zero=1, offload=True, replicated=True),
     Case(2, tensor=2, zero=0, mode="joint", replicated=True),
     Case(2, pipeline=2, zero=1, replicated=True),
-    Case(2, pipeline=2, schedule="dualpipev", zero=0, mode="joint", replicated=True),
-    Case(4, tensor=2, pipeline=2, sequence=True, zero=1, replicated=True),
     Case(4, tensor=2, sequence=True, zero=3, mode="joint", replicated=True),
 ]
 POISONED = [
@@ -51,9 +53,9 @@ BF16 = [
     Case(2, pipeline=2, schedule="dualpipev", zero=1, precision="bf16"),
     Case(4, tensor=2, pipeline=2, sequence=True, zero=1, mode="joint", precision="bf16"),
 ]
-BF16_REPLICATED = [
+BF16_REPLICATED = [Case(2, zero=2, precision="bf16", replicated=True)]
+MORE_BF16_REPLICATED = [
     Case(1, zero=1, precision="bf16", replicated=True),
-    Case(2, zero=2, precision="bf16", replicated=True),
     Case(2, tensor=2, zero=1, mode="joint", precision="bf16", replicated=True),
 ]
 # Of bf16: largest relative errors, against fp32 and between layouts.
@@ -104,6 +106,15 @@ def test_every_case(world, layout, schedule):
     assert {r["case"]: r["errors"] for r in records if r["failed"]} == {}
     for case, entry in zip(cases, records, strict=True):
         assert_ran(case, entry["running"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*MORE_REPLICATED, *MORE_BF16_REPLICATED], ids=str)
+def test_more_layouts_of_heads_with_unembeddings_of_their_own(case):
+    (training,) = train([case])
+    found = errors(training, reference(case.n_trunk_layers, case.clip, replicated=True))
+    assert not too_large(found, TOLERANCE if case.precision == "fp32" else NEAR), found
+    assert_ran(case, training.running)
 
 
 def test_the_reference_says_something():

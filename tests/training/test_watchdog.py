@@ -23,7 +23,7 @@ STRIKE = 4
 
 
 def stop_itself():
-    subprocess.Popen(["sh", "-c", f"sleep {3 * TIMEOUT}; kill -KILL {os.getpid()}"])
+    subprocess.Popen(["sh", "-c", f"sleep {2 * TIMEOUT}; kill -KILL {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -96,7 +96,10 @@ def run_struck(config, victim: int, where: str, strike, calls: set[int], patienc
         ),
         (0, "data", sit_in_python, "it stands still for 3 s, in data after step 3", "sit_in_python", (75, 75)),
         (1, "training", sit_in_python, "it stands still for 3 s, in training", "sit_in_python", (75, 75)),
-        (1, "training", hold_the_interpreter, "no sign of life for 3 s", "hold_the_interpreter", (75, 99)),
+        pytest.param(
+            *(1, "training", hold_the_interpreter, "no sign of life for 3 s", "hold_the_interpreter", (75, 99)),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["stopped", "first-stopped", "in-data", "in-training", "holds-the-interpreter"],
 )
@@ -142,6 +145,7 @@ def test_a_dead_disk_under_a_save_in_the_background(corpus, tmp_path):
     assert "hang: rank 1 on " in line and "in checkpoint after step 4" in line and "sit_in_python" in line
 
 
+@pytest.mark.slow
 def test_one_rank(corpus, tmp_path):
     (outcome,) = start_ranks(1, run_struck, run_config(tmp_path, corpus, CHANGES), 0, "data", sit_in_python, {STRIKE})
     assert outcome.code == EXIT_HANG
