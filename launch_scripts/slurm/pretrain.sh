@@ -184,8 +184,8 @@ if [ $code = 138 ] || [ $code = 143 ] || [ "$stopped" = USR1 ]; then
   say "stopped by a signal (exit code $code), newest checkpoint $(newest_checkpoint); back into the queue"
   requeue ""
 fi
-# A rank has failed. Its node is avoided when the health check says so, or when it was the first to fail, or hung, the last time as well:
-# once may be chance, and an exclusion that is not needed may leave too few nodes.
+# A rank has failed, or hung. Its node is avoided when the health check says so, or when it was the suspect at the last
+# failure as well: once may be chance, and an exclusion that is not needed may leave too few nodes.
 suspect=$(hanging)
 if [ -n "$suspect" ]; then
   say "a rank on $suspect hung; back into the queue"

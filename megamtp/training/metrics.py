@@ -22,7 +22,7 @@ from megamtp.training.board import Board
 
 @config_dataclass
 class MonitorConfig:
-    """Where the numbers go beside ``metrics.jsonl``."""
+    """Where the numbers go beside ``metrics.jsonl``, and what is told of them."""
 
     tensorboard: bool = option(True, "files in the run's folder")
     wandb: bool = option(False, "Weights & Biases, which has to be installed")
@@ -110,7 +110,7 @@ class MetricsWriter:
             if self._board:
                 self._board.close()
                 self._board = self._open_board(values["to_step"])
-        self._append({"step": step, "time": time.time(), "event": name, **values})
+        self._append(_event(step, name, values))
 
     def close(self) -> None:
         self._file.close()
@@ -131,7 +131,7 @@ class MetricsWriter:
 
     def _append(self, record: dict[str, Any]) -> None:
         """A line that finds no room on the disk waits for the next, and leaves no half of it behind."""
-        self._unwritten += json.dumps(_strict(record), allow_nan=False).encode() + b"\n"
+        self._unwritten += _line(record)
         size = os.fstat(self._file.fileno()).st_size
         try:
             written = self._file.write(self._unwritten)
@@ -146,9 +146,16 @@ class MetricsWriter:
 
 def append_event(run_dir: Path, step: int, name: str, **values: Any) -> None:
     """One event's line, by a rank that does not hold the file open: the main rank may be what hangs."""
-    line = {"step": step, "time": time.time(), "event": name, **values}
     with open(run_dir / "metrics.jsonl", "ab", buffering=0) as file:
-        file.write(json.dumps(_strict(line), allow_nan=False).encode() + b"\n")
+        file.write(_line(_event(step, name, values)))
+
+
+def _event(step: int, name: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {"step": step, "time": time.time(), "event": name, **values}
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(_strict(record), allow_nan=False).encode() + b"\n"
 
 
 def _group(run_dir: Path, monitor: MonitorConfig) -> str:

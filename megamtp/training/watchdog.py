@@ -252,10 +252,10 @@ def describe(beats: list[Beat | None], hanging: list[int], silent: list[int], ti
         if beat is None:
             lines.append(f"hang: rank {rank} has given no sign of life since the start")
             continue
-        what = "no sign of life for {}, last seen" if rank in silent else "it stands still for {},"
+        what, since = ("no sign of life", " last seen") if rank in silent else ("it stands still", "")
         state = _process_state(beat.pid) if beat.host == host else None
         lines.append(
-            f"hang: rank {rank} on {beat.host} (process {beat.pid}): {what.format(f'{timeout:.0f} s')} "
+            f"hang: rank {rank} on {beat.host} (process {beat.pid}): {what} for {timeout:.0f} s,{since} "
             f"in {beat.part} after step {beat.step}, {beat.where}" + (f"; the process is {state}" if state else "")
         )
     if not hanging:

@@ -65,9 +65,14 @@ def test_a_disk_that_is_full_for_a_while(corpus, tmp_path, small_disk):
 
 
 def shown(folder: Path) -> list[int]:
-    accumulator = EventAccumulator(str(folder))
-    accumulator.Reload()
-    return [event.step for event in accumulator.Scalars("loss")]
+    """Steps of the files one by one: TensorBoard mixes up the order of files of one second, which only a test makes."""
+    steps = []
+    for file in folder.iterdir():
+        accumulator = EventAccumulator(str(file))
+        accumulator.Reload()
+        if "loss" in accumulator.Tags()["scalars"]:
+            steps += [event.step for event in accumulator.Scalars("loss")]
+    return sorted(steps)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the thread that writes
